@@ -1,0 +1,33 @@
+# Everything a fresh machine needs is made here: `make quickstart` and `make test` want Python >= 3.10 and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/.quickstart  ## prune, export and validate the bundled model, then say where the report is
+	$(BIN)/vitprune-deploy build profiles/quickstart.yaml --out out/quickstart
+
+test: $(VENV)/.test lint  ## lint, type check, unit tests, end-to-end tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "vitprune needs Python 3.10 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.quickstart: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[prune,cpu]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[prune,cpu,dev]'
+	touch $@ $(VENV)/.quickstart
+
+clean:
+	rm -rf $(VENV) out build *.egg-info
