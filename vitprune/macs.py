@@ -1,0 +1,70 @@
+"""Multiply-accumulates and parameters of a model, from its configuration alone."""
+
+from __future__ import annotations
+
+from .model.config import BlockConfig, VitConfig
+
+
+def macs(config: VitConfig) -> int:
+    """Multiply-accumulates of all matrix products for one image of ``config.image_size``.
+
+    What papers call FLOPs of a Vision Transformer. Norms, activations and the scoring of tokens are left out: below
+    1% of DeiT. Tokens are reduced between attention and MLP.
+    """
+    tokens = config.prefix + config.patches
+    total = config.patches * config.dim * config.channels * config.patch_size[0] * config.patch_size[1]
+    for block in config.blocks:
+        left = tokens if block.patches is None else config.prefix + block.patches
+        total += _attention_macs(config, block, tokens)
+        in_mlp = tokens if config.residual == "parallel" else left
+        total += in_mlp * config.dim * block.mlp * (3 if config.gated else 2)
+        tokens = left
+    if config.pool == "map":
+        pooled = tokens if config.pool_prefix else tokens - config.prefix
+        total += pooled * 2 * config.dim * (config.dim + 1) + config.dim * (config.dim + 2 * config.pool_mlp)
+    return total + _heads(config) * config.dim * config.classes
+
+
+def params(config: VitConfig) -> int:
+    """Parameters of the model, those of learned token methods apart."""
+    dim, norm = config.dim, _norm(config, config.dim)
+    total = dim * config.channels * config.patch_size[0] * config.patch_size[1] + dim * config.embed_bias
+    total += dim * (config.prefix + config.patches * config.pos_embed)
+    total += norm * (config.embed_norm + config.pre_norm + (config.final_norm != "none"))
+    total += sum(_block_params(config, block) for block in config.blocks)
+    if config.pool == "map":
+        total += dim + _linear(dim, 2 * dim) + _linear(dim, dim) + norm
+        total += _linear(dim, config.pool_mlp) + _linear(config.pool_mlp, dim)
+    return total + (_heads(config) * _linear(dim, config.classes) if config.classes else 0)
+
+
+def _attention_macs(config: VitConfig, block: BlockConfig, tokens: int) -> int:
+    projections = config.dim * block.heads * (2 * block.qk_dim + 2 * block.v_dim)
+    return tokens * projections + tokens * tokens * block.heads * (block.qk_dim + block.v_dim)
+
+
+def _block_params(config: VitConfig, block: BlockConfig) -> int:
+    half = _norm(config, config.dim) + config.dim * config.layer_scale  # what both halves have besides their layers
+    total = 0
+    if block.heads:
+        values = block.heads * block.v_dim
+        total += half + _linear(config.dim, 2 * block.heads * block.qk_dim + values, config.qkv_bias)
+        total += _linear(values, config.dim, config.proj_bias)
+        total += 2 * _norm(config, block.qk_dim) * config.qk_norm + _norm(config, values) * config.attn_norm
+    if block.mlp:
+        total += half + _linear(config.dim, block.mlp * (1 + config.gated), config.mlp_bias)
+        total += _linear(block.mlp, config.dim, config.mlp_bias) + _norm(config, block.mlp) * config.mlp_norm
+    return total
+
+
+def _linear(inputs: int, outputs: int, bias: bool = True) -> int:
+    return inputs * outputs + outputs * bias
+
+
+def _norm(config: VitConfig, size: int) -> int:
+    return size if config.norm == "rms" else 2 * size
+
+
+def _heads(config: VitConfig) -> int:
+    """Classifiers: a distilled model has two."""
+    return 1 + config.distilled

@@ -1,0 +1,101 @@
+"""A plan without indices: how much stays of each block. What the solver, the latency table and the losses speak of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much stays of each block; three tuples of one entry per block.
+
+    Attributes:
+        heads: kept attention heads; 0: the attention half is removed.
+        mlp: kept MLP hidden units; 0: the MLP half is removed.
+        patches: patch tokens that leave the block, never rising.
+    """
+
+    heads: tuple[int, ...]
+    mlp: tuple[int, ...]
+    patches: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.heads) == len(self.mlp) == len(self.patches) > 0:
+            lengths = f"{len(self.heads)} heads, {len(self.mlp)} mlp, {len(self.patches)} patches"
+            raise InputError(f"counts need one entry per block of each kind, got {lengths}")
+        if min(self.heads) < 0 or min(self.mlp) < 0 or min(self.patches) < 1:
+            raise InputError(f"counts keep at least 0 heads, 0 units and 1 patch token in each block, got {self}")
+        for block, (before, after) in enumerate(zip(self.patches, self.patches[1:], strict=False), start=1):
+            if after > before:
+                raise InputError(f"block {block} of the counts leaves {after} patch tokens of {before}")
+
+    @classmethod
+    def dense(cls, heads: Sequence[int], mlp: Sequence[int], patches: int) -> Counts:
+        """The counts that keep everything of blocks with ``heads[l]`` heads and ``mlp[l]`` units."""
+        return cls(tuple(heads), tuple(mlp), (patches,) * len(heads))
+
+    def patches_out(self, patches: int) -> list[int | None]:
+        """Patch tokens to leave in each block, None where all of them stay; ``patches`` enter the first block."""
+        entering = (patches, *self.patches[:-1])
+        return [None if out == n else out for n, out in zip(entering, self.patches, strict=True)]
+
+    def to_dict(self) -> dict[str, list[int]]:
+        """Plain lists, for JSON."""
+        return {"heads": list(self.heads), "mlp": list(self.mlp), "patches": list(self.patches)}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Counts:
+        """The counts that ``to_dict`` wrote.
+
+        Raises:
+            InputError: a key is missing, or holds something other than a list of whole numbers.
+        """
+        try:
+            heads, mlp, patches = (plain[name] for name in ("heads", "mlp", "patches"))
+            if any(type(number) is not int for number in (*heads, *mlp, *patches)):
+                raise InputError(f"counts are whole numbers, got {dict(plain)}")
+            return cls(tuple(heads), tuple(mlp), tuple(patches))
+        except (KeyError, TypeError) as error:
+            raise InputError(f"these are not counts: {type(error).__name__} {error}") from error
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that a search may choose from, the same for every block; those that a block exceeds are left out.
+
+    Attributes:
+        heads, mlp: units to keep; 0 removes the half. Keeping all is always a choice.
+        patches: patch tokens to leave; empty where tokens are not reduced.
+    """
+
+    heads: tuple[int, ...]
+    mlp: tuple[int, ...]
+    patches: tuple[int, ...] = ()
+
+    def below(self, half: Literal["attn", "mlp"], units: int) -> list[int]:
+        """The sizes of a half of ``units`` units other than all of it, descending."""
+        wanted = self.heads if half == "attn" else self.mlp
+        return sorted({count for count in wanted if 0 <= count < units}, reverse=True)
+
+
+class TokenMethod(NamedTuple):
+    """What the search must know of a token method; see ``vitprune.tokens.base.Reducer`` for the meanings.
+
+    Attributes:
+        fewest: (patches, prefix) -> the fewest patch tokens that one application can leave.
+    """
+
+    name: str
+    where: Literal["before", "after"]
+    proportional: bool
+    needs_class_token: bool
+    fewest: Callable[[int, int], int]
+
+    @classmethod
+    def of(cls, name: str, reducer: Any) -> TokenMethod:
+        """The facts that the reducer class ``reducer`` of the file ``name`` declares."""
+        return cls(name, reducer.where, reducer.proportional, reducer.needs_class_token, reducer.fewest)

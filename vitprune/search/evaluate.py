@@ -1,0 +1,139 @@
+"""The true loss of whole plans: KL to the dense model on images, for the search to correct its sums by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import parts
+from ..errors import InputError
+from ..model.state import TokenState
+from ..model.vit import Vit, fingerprint
+from ..statistics import Half, Progress, batches, blocks_of
+from ..surgery import prune
+from ..tokens.base import Reducer
+from .counts import Counts
+from .probes import PrefixOnly, distance, ending_early, put_in, reads_prefix_only
+from .rankings import Rankings
+
+Choice = tuple[int, int, int | None]  # heads, hidden units and patch tokens that a block leaves; None: all that enter
+
+
+def evaluate_counts(
+    model: Vit,
+    rankings: Rankings,
+    counts: Sequence[Counts],
+    images: Tensor,
+    *,
+    token_method: str | None = None,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Mean loss of each plan of ``counts`` on ``images``; see ``Evaluator``, which is the cheaper for several calls."""
+    return Evaluator(model, rankings, images, token_method=token_method)(counts, progress)
+
+
+class Evaluator:
+    """Computes the mean loss of whole plans on the same images again and again.
+
+    The dense outputs and the slim halves that plans were made of are kept, and plans that agree in their first blocks
+    run these only once.
+
+    Args:
+        model: the dense model; changed and restored during a call.
+        rankings: of this model.
+        images: [M, channels, height, width].
+        token_method: name of the token method; None where no plan reduces tokens.
+    """
+
+    def __init__(self, model: Vit, rankings: Rankings, images: Tensor, *, token_method: str | None = None) -> None:
+        self.model, self.rankings, self.sha256 = model, rankings, fingerprint(model)
+        kind: Any = Reducer  # an abstract class is no type[...] to mypy
+        self.method = parts.load("vitprune.tokens", token_method, kind) if token_method else None
+        self.halves: dict[tuple[int, Half, int], nn.Module | None] = {}
+        with torch.no_grad():
+            self.entering = [model.embed(batch) for batch in batches(model, images)]
+            self.dense = [_through(model, state) for state in self.entering]
+
+    @torch.no_grad()
+    def __call__(self, counts: Sequence[Counts], progress: Progress | None = None) -> list[float]:
+        """Mean loss of each plan, in nats per image (or of cosine distance, for models without a classifier).
+
+        Raises:
+            InputError: a plan keeps other counts than were ranked, or reduces tokens where it cannot.
+        """
+        plans = [self._choices(number, plan) for number, plan in enumerate(counts)]
+        self._make_halves(plans)
+        sums, images = [0.0] * len(plans), 0
+        for number, (state, dense) in enumerate(zip(self.entering, self.dense, strict=True), start=1):
+            for plan, output in self._descend(state, 0, list(range(len(plans))), plans):
+                sums[plan] += float(distance(self.model)(dense, output).sum())
+            images += len(dense)
+            if progress is not None:
+                progress(number, len(self.entering), f"{len(plans)} plans evaluated")
+        return [total / images for total in sums]
+
+    def _choices(self, number: int, plan: Counts) -> list[Choice]:
+        """What ``plan`` leaves of each block."""
+        if len(plan.heads) != len(self.model.blocks):
+            raise InputError(f"plan {number} has {len(plan.heads)} blocks, the model has {len(self.model.blocks)}")
+        out = plan.patches_out(self.model.config.patches)
+        for block, (heads, keep) in enumerate(zip(plan.heads, out, strict=True)):
+            if keep is not None and (not heads or self.method is None):
+                lacks = "no token method was named" if heads else "without attention it cannot"
+                raise InputError(f"plan {number} leaves {keep} patch tokens at block {block}, but {lacks}")
+        return list(zip(plan.heads, plan.mlp, out, strict=True))
+
+    def _make_halves(self, plans: Sequence[Sequence[Choice]]) -> None:
+        """Prune what the plans need and was not made before: as few whole models as bear all of it."""
+        heads: list[list[int]] = []
+        mlps: list[list[int]] = []
+        for block in range(len(self.model.blocks)):
+            wanted = [plan[block] for plan in plans]
+            heads.append(sorted({h for h, _, _ in wanted if (block, "attn", h) not in self.halves}))
+            mlps.append(sorted({m for _, m, _ in wanted if (block, "mlp", m) not in self.halves}))
+        config = self.model.config
+        for row in zip_longest(zip_longest(*heads), zip_longest(*mlps)):
+            h, m = ([0 if count is None else count for count in counts or [0] * len(heads)] for counts in row)
+            plan = self.rankings.plan(self.sha256, h, m, [None] * len(h), patches=config.patches)
+            slim = prune(self.model, plan, self.rankings.weights(h, m))
+            for block, made in enumerate(blocks_of(slim)):
+                self.halves[block, "attn", h[block]] = made.attn
+                self.halves[block, "mlp", m[block]] = made.mlp
+
+    def _descend(
+        self, state: TokenState, depth: int, members: list[int], plans: Sequence[Sequence[Choice]]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Outputs of the plans ``members``, which agree in the first ``depth`` blocks; ``state`` has left these."""
+        if depth == len(self.model.blocks):
+            output = self.model.classify(state)
+            yield from ((plan, output) for plan in members)
+            return
+        groups: dict[Choice, list[int]] = {}
+        for plan in members:
+            groups.setdefault(plans[plan][depth], []).append(plan)
+        for choice, group in groups.items():
+            yield from self._descend(self._run(depth, choice, state), depth + 1, group, plans)
+
+    def _run(self, index: int, choice: Choice, state: TokenState) -> TokenState:
+        """The tokens that leave block ``index`` when it is what ``choice`` says."""
+        heads, mlp, keep = choice
+        block = blocks_of(self.model)[index]
+        change: dict[str, Any] = {"attn": self.halves[index, "attn", heads], "mlp": self.halves[index, "mlp", mlp]}
+        if keep is not None and self.method is not None:
+            change |= {"reducer": self.method(), "keep": keep}
+        elif heads and index == len(self.model.blocks) - 1 and reads_prefix_only(self.model):
+            change |= {"reducer": PrefixOnly(), "keep": 0}
+        with put_in(block, **change):
+            return block(state)
+
+
+def _through(model: Vit, state: TokenState) -> Tensor:
+    """The output for tokens that enter the first block."""
+    with ending_early(model):
+        for block in model.blocks:
+            state = block(state)
+    return model.classify(state)

@@ -1,0 +1,173 @@
+"""What each single change of a model costs, in one unit: nats of KL(dense || changed) per image.
+
+For models without a classifier the unit is the mean cosine distance of the features instead.
+
+Width: a criterion's ranking gives the shape of the curve over sizes; KLs measured at a few sizes and with the half
+removed give its scale. Tokens: E_l(k), the KL when block l alone leaves k patch tokens, is measured at every level;
+going from n to k costs max(0, E_l(k) - E_l(n)), so that keeping n costs nothing and a gradual schedule is not charged
+twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import parts
+from ..criteria.base import Criterion, Ranking
+from ..errors import InputError, NotSupported
+from ..model.vit import Vit
+from ..statistics import Half, Progress, blocks_of, gate_gradients, stream_blocks
+from ..tokens.base import Reducer
+from .counts import Sizes
+from .evaluate import Evaluator, evaluate_counts
+from .probes import cosine_distance, kl_to_dense
+from .rankings import Rankings, save_index, save_ranking
+from .survey import Curve, Survey
+
+__all__ = [
+    "Evaluator",
+    "LossTable",
+    "Rankings",
+    "Sizes",
+    "cosine_distance",
+    "evaluate_counts",
+    "kl_to_dense",
+    "measure_losses",
+]
+
+
+@dataclass(frozen=True)
+class LossTable:
+    """Losses of single changes, block by block.
+
+    Attributes:
+        heads, mlp: per block, kept units -> loss; all units -> 0, none (0) -> that of removing the half.
+        tokens: per block, patch tokens left -> E_l(k); an empty dict where there is no token method. A level that no
+            plan can reach at that block is missing.
+        token_method: name of the token method.
+    """
+
+    heads: list[Curve]
+    mlp: list[Curve]
+    tokens: list[Curve]
+    token_method: str | None
+
+    def head_loss(self, block: int, kept: int) -> float:
+        """Loss when ``block`` keeps ``kept`` heads.
+
+        Raises:
+            InputError: the count was not among the levels.
+        """
+        return _entry(self.heads, block, kept, "heads")
+
+    def mlp_loss(self, block: int, kept: int) -> float:
+        """Loss when ``block`` keeps ``kept`` hidden units.
+
+        Raises:
+            InputError: the count was not among the levels.
+        """
+        return _entry(self.mlp, block, kept, "hidden units")
+
+    def token_loss(self, block: int, entering: int, leaving: int) -> float:
+        """Loss when ``block`` turns ``entering`` patch tokens into ``leaving``; infinite where it cannot.
+
+        Raises:
+            InputError: ``entering`` was not among the levels.
+        """
+        if leaving == entering:
+            return 0.0
+        if leaving > entering or leaving not in self.tokens[block]:
+            return float("inf")
+        return max(0.0, self.tokens[block][leaving] - _entry(self.tokens, block, entering, "patch tokens"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, for JSON."""
+        curves = {name: [{str(k): v for k, v in curve.items()} for curve in getattr(self, name)] for name in _CURVES}
+        return {**curves, "token_method": self.token_method}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> LossTable:
+        """The table that ``to_dict`` wrote.
+
+        Raises:
+            InputError: a key is missing or has another type.
+        """
+        try:
+            curves = {name: [{int(k): float(v) for k, v in curve.items()} for curve in plain[name]] for name in _CURVES}
+            return cls(**curves, token_method=plain["token_method"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"this is not a loss table: {type(error).__name__} {error}") from error
+
+
+_CURVES = ("heads", "mlp", "tokens")
+
+
+def measure_losses(
+    model: Vit,
+    images: Tensor,
+    sizes: Sizes,
+    *,
+    criterion: str = "obs",
+    token_method: str | None = None,
+    probes: int = 64,
+    progress: Progress | None = None,
+    store: Path | None = None,
+) -> tuple[LossTable, Rankings]:
+    """The loss of every single change of ``model`` to one of ``sizes``, and the rankings behind them.
+
+    Args:
+        model: the dense model; changed and restored meanwhile.
+        images: calibration images [M, channels, height, width].
+        criterion: name of a file in ``vitprune/criteria``.
+        token_method: name of a file in ``vitprune/tokens``.
+        probes: how many of the images the KLs are measured on.
+        store: folder for the rankings and compensated weights; None keeps them in memory.
+
+    Raises:
+        NotSupported: the token method cannot act on this model.
+    """
+    kind: Any = Criterion  # an abstract class is no type[...] to mypy
+    rank: Criterion = parts.load("vitprune.criteria", criterion, kind)()
+    method = _token_method(model, token_method)
+    gates = gate_gradients(model, images, progress=progress) if rank.needs == "gates" else None
+    survey = Survey(model, sizes, rank, method, gates, progress)
+    table = LossTable([], [], [], token_method)
+    halves: dict[tuple[int, Half], Ranking] = {}
+    for step in stream_blocks(model, images, moments=rank.needs == "moments"):
+        found = survey.rank(step)
+        survey.enter(step, probes)
+        table.heads.append(survey.width_curve(step.number, "attn", found.get("attn")))
+        table.mlp.append(survey.width_curve(step.number, "mlp", found.get("mlp")))
+        table.tokens.append(survey.token_curve(step.number) if method else {})
+        for half, ranking in found.items():
+            halves[step.number, half] = save_ranking(store, step.number, half, ranking) if store else ranking
+    rankings = Rankings(halves)
+    if store:
+        save_index(store, rankings)
+    return table, rankings
+
+
+def _token_method(model: Vit, name: str | None) -> type[Reducer] | None:
+    """The class of the token method ``name``, which must be able to act on ``model``."""
+    if name is None:
+        return None
+    kind: Any = Reducer
+    method: type[Reducer] = parts.load("vitprune.tokens", name, kind)
+    if method.needs_class_token and not model.config.class_token:
+        raise NotSupported(f"the token method {name} scores by the class token's attention; this model has none")
+    if any(block.keep is not None for block in blocks_of(model)):
+        raise NotSupported(
+            f"this model already reduces tokens with {model.config.reducer}; {name} needs one that does not"
+        )
+    return method
+
+
+def _entry(curves: list[Curve], block: int, count: int, what: str) -> float:
+    if count not in curves[block]:
+        raise InputError(f"block {block} has no loss for {count} {what}; it has {', '.join(map(str, curves[block]))}")
+    return curves[block][count]

@@ -1,0 +1,226 @@
+"""What a model may become, as the solver's choices: a latency table, a loss table, and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, combinations
+from typing import TYPE_CHECKING, cast
+
+from ..errors import BudgetUnreachable, InputError
+from .choices import Block, Choice, Either, Move, Part, Stay
+from .counts import Counts, Sizes, TokenMethod
+from .frontier import Point
+from .latency import LatencyTable
+from .solver import Frontier, Solution, solve
+
+if TYPE_CHECKING:
+    from .losses import LossTable
+
+Unit = tuple[int, str]  # (block, "heads" | "mlp" | "tokens"): what has a loss of its own
+
+
+def multiples(full: int, multiple: int, fewest: int = 0) -> tuple[int, ...]:
+    """``full`` and the multiples of ``multiple`` below it that are at least ``fewest``, descending; 0 is one.
+
+    Raises:
+        InputError: ``multiple`` is no positive number.
+    """
+    if multiple < 1:
+        raise InputError(f"sizes can be multiples of 1 or more, got {multiple}")
+    return (full, *(size for size in range((full - 1) // multiple * multiple, -1, -multiple) if size >= fewest))
+
+
+def ladder(full: int, rungs: int, fewest: int) -> tuple[int, ...]:
+    """At most ``rungs`` token levels from ``full`` down to ``fewest``, each by about the same share fewer.
+
+    Raises:
+        InputError: there is no such ladder.
+    """
+    if not 1 <= fewest <= full or rungs < 1 or (rungs == 1 and fewest < full):
+        raise InputError(f"{rungs} token levels cannot lead from {full} down to {fewest}")
+    shares = [(fewest / full) ** (rung / max(1, rungs - 1)) for rung in range(rungs)]
+    return tuple(sorted({round(full * share) for share in shares}, reverse=True))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One search: a device's table, a model's losses, a token method and the sizes to choose from.
+
+    Attributes:
+        method: what reduces tokens; None: nothing does.
+        sizes: a size that a block has no loss for is passed over there; patches must be levels of the table.
+        weights: what the losses of a unit are multiplied by, 1 where it is not named.
+    """
+
+    table: LatencyTable
+    losses: LossTable
+    method: TokenMethod | None
+    sizes: Sizes
+    weights: Mapping[Unit, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method is not None and self.losses.token_method != self.method.name:
+            raise InputError(f"the losses were measured with {self.losses.token_method}, not with {self.method.name}")
+        if self.method is not None and self.method.needs_class_token and self.table.levels.prefix == 0:
+            raise InputError(f"{self.method.name} scores by the class token's attention; this model has none")
+        unknown = [n for n in self.sizes.patches if n not in self.table.tokens]
+        if unknown:
+            raise InputError(f"the latency table has no level of {unknown[0]} patch tokens; it has {self.table.tokens}")
+        unknown_units = self.weights.keys() - set(self.units())
+        if unknown_units or any(not weight >= 0 for weight in self.weights.values()):
+            raise InputError(f"weights of losses must be >= 0 and of units of this model, got {dict(self.weights)}")
+
+    def reweighted(self, weights: Mapping[Unit, float]) -> Problem:
+        """The same problem with other weights of the losses."""
+        return replace(self, weights=dict(weights))
+
+    def on(self, table: LatencyTable) -> Problem:
+        """The same problem on another table."""
+        return replace(self, table=table)
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Token levels of the search, descending, all of the patches first."""
+        full = self.table.tokens[0]
+        return (full, *sorted(set(self.sizes.patches if self.method else ()) - {full}, reverse=True))
+
+    def units(self) -> list[Unit]:
+        """The parts whose losses can be weighted."""
+        kinds = ("heads", "mlp", "tokens") if self.method else ("heads", "mlp")
+        return [(block, kind) for block in range(len(self.losses.heads)) for kind in kinds]
+
+    def dense(self) -> Counts:
+        """The counts that keep everything."""
+        return Counts.dense([max(c) for c in self.losses.heads], [max(c) for c in self.losses.mlp], self.levels[0])
+
+    def predict_ms(self, counts: Counts) -> float:
+        """What the table says of a plan of this problem."""
+        return self.table.predict_ms(counts, self.method)
+
+    def losses_of(self, counts: Counts) -> dict[Unit, float]:
+        """The measured loss of every single change of a plan, unweighted; a sum of them is the search's guess.
+
+        Raises:
+            InputError: no loss was measured for one of its sizes.
+        """
+        found, n = {}, self.levels[0]
+        for block, (h, m, left) in enumerate(zip(counts.heads, counts.mlp, counts.patches, strict=True)):
+            curve = {self.levels[0]: 0.0} | dict(self.losses.tokens[block] if self.method else {})
+            try:
+                found[block, "heads"] = self.losses.heads[block][h]
+                found[block, "mlp"] = self.losses.mlp[block][m]
+                if self.method:
+                    found[block, "tokens"] = max(0.0, curve[left] - curve[n]) if left != n else 0.0
+            except KeyError as error:
+                raise InputError(
+                    f"block {block} has no loss for {error} of {h} heads, {m} units, {n} -> {left}"
+                ) from error
+            n = left
+        return found
+
+    def solve(self, budgets_ms: Sequence[float], *, slack: float = 0.002) -> Plans:
+        """The best plans from the smallest to the largest budget, in one pass; see ``solver.solve``."""
+        return Plans(self, solve(self.blocks(), self.constant_ms(), budgets_ms, slack=slack))
+
+    def constant_ms(self) -> list[float]:
+        """By token level, the time of what is no choice: overhead, stem and head."""
+        a, b, _ = self.table.correction
+        return [a + b * (self.table.stem_ms + self.table.head_ms(n)) for n in self.levels]
+
+    def blocks(self) -> list[Block]:
+        """The choices of each block, losses weighted and times corrected, cold weights included."""
+        return [self._block(number) for number in range(len(self.losses.heads))]
+
+    def _block(self, number: int) -> Block:
+        mlp, (_, b, kappa) = self.losses.mlp[number], self.table.correction
+        sizes = [max(mlp), *(size for size in self.sizes.below("mlp", max(mlp)) if size in mlp)]
+        weight, cold_ms = self.weights.get((number, "mlp"), 1.0), kappa * self.table.levels.unit_bytes / 1e6
+        choices = [
+            [Choice(weight * mlp[m], b * self.table.mlp_ms(n, m) + cold_ms * m, ("mlp", m)) for m in sizes]
+            for n in self.levels
+        ]
+        return [self._attention_and_step(number), Stay(choices)]
+
+    def _attention_and_step(self, number: int) -> Part:
+        """A block whose attention is removed leaves all the tokens that enter it."""
+        heads = self.losses.heads[number]
+        sizes = [max(heads), *(size for size in self.sizes.below("attn", max(heads)) if size in heads)]
+        step, branches = Move(self._steps(number)), []
+        if sizes[0]:
+            present = self._attention(number, [size for size in sizes if size])
+            before = self.method is not None and self.method.where == "before"
+            branches.append([step, present] if before else [present, step])
+        if sizes[-1] == 0:
+            branches.append([self._attention(number, [0])])
+        return Either(branches)
+
+    def _attention(self, number: int, sizes: Sequence[int]) -> Part:
+        """Attention of one of ``sizes`` heads. Where tokens have been merged, it carries their sizes."""
+        heads, (_, b, kappa) = self.losses.heads[number], self.table.correction
+        weight, cold_ms = self.weights.get((number, "heads"), 1.0), kappa * self.table.levels.head_bytes / 1e6
+        proportional = self.method is not None and self.method.proportional
+        rows = []
+        for n in self.levels:
+            sized = proportional and n < self.levels[0]
+            times = [b * self.table.attn_ms(n, h, sized) + cold_ms * h for h in sizes]
+            rows.append([Choice(weight * heads[h], ms, ("heads", h)) for h, ms in zip(sizes, times, strict=True)])
+        return Stay(rows)
+
+    def _steps(self, number: int) -> dict[tuple[int, int], Choice]:
+        """E(fewer) - E(entering), where both were measured and one application of the method gets there."""
+        if self.method is None:
+            return {}
+        curve = {self.levels[0]: 0.0} | dict(self.losses.tokens[number])
+        weight, b = self.weights.get((number, "tokens"), 1.0), self.table.correction[1]
+        steps = {}
+        for (i, n), (j, left) in combinations(enumerate(self.levels), 2):
+            if n in curve and left in curve and left >= self.method.fewest(n, self.table.levels.prefix):
+                loss = weight * max(0.0, curve[left] - curve[n])
+                steps[i, j] = Choice(loss, b * self.table.reduce_ms(self.method.name, n, left), ("patches", left))
+        return steps
+
+
+class Plans:
+    """What a problem's solution means for its model: a frontier of counts.
+
+    Attributes:
+        fastest: the fastest plan there is, whatever it loses.
+        frontier: the solver's side of it, with the size of the buckets and their slack.
+    """
+
+    def __init__(self, problem: Problem, frontier: Frontier) -> None:
+        self._problem, self.frontier = problem, frontier
+        self.fastest = self._point(frontier.fastest, frontier.fastest.ms_exact)
+
+    def best(self, budget_ms: float) -> Point:
+        """The plan of least loss within ``budget_ms``; see ``solver.Frontier.best``.
+
+        Raises:
+            BudgetUnreachable: none is that fast; the message says what the fastest one keeps.
+            InputError: the budget is larger than the largest that was solved for.
+        """
+        try:
+            return self._point(self.frontier.best(budget_ms), budget_ms)
+        except BudgetUnreachable as error:
+            least, whole = self.fastest.counts, self._problem.dense()
+            raise BudgetUnreachable(
+                f"{error}; it keeps {sum(least.heads)} of {sum(whole.heads)} heads, {sum(least.mlp)} of "
+                f"{sum(whole.mlp)} MLP units and {least.patches[-1]} of {whole.patches[-1]} patch tokens, the least "
+                f"that is allowed: allow less, or a larger budget",
+                error.fastest_ms,
+            ) from error
+
+    def points(self, most: int = 200) -> list[Point]:
+        """The frontier, fastest first; at most ``most`` points, spread evenly."""
+        return [self._point(one, one.ms_rounded) for one in self.frontier.points(most)]
+
+    def _point(self, solution: Solution, budget_ms: float) -> Point:
+        problem = self._problem
+        kept: dict[str, list[int]] = {"heads": [], "mlp": [], "patches": []}
+        for kind, size in chain.from_iterable(cast("tuple[tuple[tuple[str, int], ...], ...]", solution.labels)):
+            kept[kind].append(size)
+        patches = tuple(problem.levels[level] for level in solution.levels)
+        counts = Counts(tuple(kept["heads"]), tuple(kept["mlp"]), patches)
+        name = problem.method.name if problem.method else None
+        return Point(budget_ms, solution.ms_exact, solution.loss, counts, name)

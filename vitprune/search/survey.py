@@ -1,0 +1,198 @@
+"""The measuring behind a ``LossTable``: rankings and single changes of one model, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..criteria.base import Criterion, LayerView, Ranking
+from ..model.state import TokenState
+from ..model.vit import Block, LayerScale, Vit
+from ..statistics import BlockPass, Half, Progress, blocks_of, out_layers, unit_sizes
+from ..tokens.base import Reducer
+from .counts import Sizes
+from .probes import Probes, columns_kept, counts_on_the_way, put_in, reducing, take
+
+Curve = dict[int, float]  # what is left -> loss
+
+
+class Survey:
+    """Goes through the blocks of one model; each must be ranked, then entered, before its curves are asked for.
+
+    Args:
+        method: the token method; None where tokens are not reduced.
+        gates: per block and half, what ``gate_gradients`` found; None where the criterion needs none.
+    """
+
+    def __init__(
+        self,
+        model: Vit,
+        sizes: Sizes,
+        criterion: Criterion,
+        method: type[Reducer] | None,
+        gates: Sequence[Mapping[Half, Tensor]] | None,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.blocks, self.sizes = model, blocks_of(model), sizes
+        self.criterion, self.method = criterion, method
+        self.patches, self.gates, self.progress, self.done = model.config.patches, gates, progress, 0
+        self.entering: dict[int, list[TokenState]] = {}  # tokens of the probes that enter recent blocks
+        self.probes: Probes | None = None
+        self.whole_routes: dict[tuple[int, int], float] = {}  # (block, level) -> loss of all applications on the way
+        self.routes: dict[int, list[int]] = {}  # token level -> patch tokens after each application on the way to it
+        if method is not None:
+            self.routes = _routes(method, self.patches, model.config.prefix, sizes.patches)
+        self.steps = sum(self._steps(index) for index in range(len(self.blocks)))
+
+    def rank(self, step: BlockPass) -> dict[Half, Ranking]:
+        """The rankings of a block's halves, with weights as the block's Linears take them."""
+        block = self.blocks[step.number]
+        gates = self.gates[step.number] if self.gates is not None else {}
+        found = {}
+        for half, layer in out_layers(block).items():
+            weight, scale = layer.weight.detach(), _layer_scale(block, half)
+            size = unit_sizes(block)[half]
+            levels = tuple(self._levels(half, weight.shape[1] // size))
+            number = 2 * step.number + (half == "mlp")
+            view = LayerView(weight * scale, size, levels, step.moments.get(half), gates.get(half), number)
+            found[half] = _unscaled(self.criterion.rank(view), scale)
+            self._tell(f"block {step.number}: {half} ranked")
+        return found
+
+    def enter(self, step: BlockPass, probes: int) -> None:
+        """Get ready to measure at a block that the images have just reached."""
+        self.entering[step.number] = take(step.entering, probes)
+        if self.probes is None:
+            self.probes = Probes(self.model, self.entering[step.number])
+        longest = max((len(counts) for counts in self.routes.values()), default=1)
+        oldest = min([step.number, *self._able(step.number)[-longest:]])
+        self.entering = {index: states for index, states in self.entering.items() if index >= oldest}
+
+    def width_curve(self, index: int, half: Half, ranking: Ranking | None) -> Curve:
+        """Loss over the sizes of one half of block ``index``; {0: 0.0} for a half that it lacks."""
+        if ranking is None:
+            return {0: 0.0}
+        units = len(ranking.order)
+        levels = self._levels(half, units)
+        measured = {count: self._width_loss(index, half, ranking, count) for count in levels_to_measure(levels)}
+        return {units: 0.0, **curve_through(ranking.error, levels, measured)}
+
+    def token_curve(self, index: int) -> Curve:
+        """E_l(k) at block ``index``: what leaving k patch tokens there costs, and nowhere else; made monotone.
+
+        A method that cannot leave so few in one application (ToMe: half of them) is also applied at the blocks right
+        before, at as few of them as it takes, over levels, each doing as little as it may. What the last application
+        adds to the loss is then added to E_l of the tokens that it got, so that the share of the earlier blocks is not
+        charged to this one. A level that needs more blocks than there are is left out: no plan can reach it either.
+        """
+        curve, worst = {self.patches: 0.0}, 0.0
+        for keep, counts in self.routes.items():
+            blocks = self._able(index)[-len(counts) :]
+            if self.method is None or not self._reaches(index, counts):
+                continue
+            route = dict(zip(blocks, counts, strict=True))
+            with reducing(self.model, self.method, route):
+                loss = self._loss(blocks[0], f"block {index}: {keep} of {self.patches} patches")
+            self.whole_routes[index, keep] = loss
+            if len(counts) > 1:
+                loss = curve[counts[-2]] + max(0.0, loss - self.whole_routes[blocks[-2], counts[-2]])
+            worst = max(worst, loss)
+            curve[keep] = worst
+        return curve
+
+    def _width_loss(self, index: int, half: Half, ranking: Ranking, count: int) -> float:
+        """Measured loss when one half keeps ``count`` units."""
+        block, size = self.blocks[index], len(ranking.order)
+        change = put_in(block, **{half: None})
+        if count:
+            change = columns_kept(block, half, ranking.kept(count), ranking.weights.get(count))
+        with change:
+            return self._loss(index, f"block {index}: {count} of {size} {half} units")
+
+    def _loss(self, first: int, what: str) -> float:
+        """Measured loss of the model as it is now, run from block ``first`` on."""
+        assert self.probes is not None  # a block is entered before it is measured
+        loss = self.probes.loss(first, self.entering[first])
+        self._tell(what)
+        return loss
+
+    def _able(self, index: int) -> list[int]:
+        """The blocks up to ``index`` that can reduce tokens."""
+        return [i for i in range(index + 1) if self.blocks[i].attn is not None]
+
+    def _reaches(self, index: int, counts: list[int]) -> bool:
+        able = self._able(index)
+        return len(able) >= len(counts) and able[-1] == index
+
+    def _steps(self, index: int) -> int:
+        """Steps of progress that block ``index`` takes."""
+        block = self.blocks[index]
+        units = {half: layer.in_features // unit_sizes(block)[half] for half, layer in out_layers(block).items()}
+        widths = sum(1 + len(levels_to_measure(self._levels(half, n))) for half, n in units.items())
+        return widths + sum(self._reaches(index, counts) for counts in self.routes.values())
+
+    def _levels(self, half: Half, units: int) -> list[int]:
+        """The sizes of a half other than all of it; under a norm across its units, none or all are left."""
+        config = self.model.config
+        norm = config.attn_norm if half == "attn" else config.mlp_norm
+        return [count for count in self.sizes.below(half, units) if not (norm and count)]
+
+    def _tell(self, what: str) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.steps, what)
+
+
+def _routes(method: type[Reducer], patches: int, prefix: int, levels: Sequence[int]) -> dict[int, list[int]]:
+    """Patch tokens after each application on the way to each of ``levels``, from the most on; {} without any."""
+    wanted = sorted({keep for keep in levels if 0 < keep < patches}, reverse=True)
+    ladder = [patches, *wanted]
+    found = {keep: counts_on_the_way(lambda n: method.fewest(n, prefix), ladder, keep) for keep in wanted}
+    return {keep: counts for keep, counts in found.items() if counts}
+
+
+def levels_to_measure(levels: Sequence[int]) -> list[int]:
+    """Which of the sizes ``levels`` (descending, without all) get a measured loss: middle, least, removed."""
+    partial = [count for count in levels if count]
+    chosen = {partial[len(partial) // 2], partial[-1]} if partial else set()
+    return sorted(chosen | {0}.intersection(levels), reverse=True)
+
+
+def curve_through(error: Tensor, levels: Sequence[int], measured: Mapping[int, float]) -> Curve:
+    """Loss over ``levels`` (descending): piecewise linear in the ranking's error, through 0 and what was measured.
+
+    Linear, since a small change of a layer's output moves the KL by its square. Never falls as less is left, for
+    which a measured loss below that of a milder size is raised to it.
+
+    Args:
+        error: [units + 1] of a ``Ranking``.
+        measured: kept units -> loss.
+    """
+    units = len(error) - 1
+    points = sorted(measured, reverse=True)
+    known = np.maximum.accumulate([0.0, *(float(error[units - count]) for count in points)])
+    losses = np.maximum.accumulate([0.0, *(measured[count] for count in points)])
+    exact = dict(zip(points, losses[1:].tolist(), strict=True))
+    curve, worst = {}, 0.0
+    for count in levels:
+        worst = max(worst, exact.get(count, float(np.interp(float(error[units - count]), known, losses))))
+        curve[count] = worst
+    return curve
+
+
+def _layer_scale(block: Block, half: Half) -> Tensor:
+    """[C, 1]: the factor of each channel behind a half."""
+    module = block.ls1 if half == "attn" else block.ls2
+    if isinstance(module, LayerScale):
+        return module.gamma.detach()[:, None]
+    return out_layers(block)[half].weight.new_ones(1, 1)
+
+
+def _unscaled(ranking: Ranking, scale: Tensor) -> Ranking:
+    """``ranking`` with weights that a LayerScale still follows; rows that it mutes are zero."""
+    factor = torch.where(scale == 0, 0, 1 / scale)
+    return replace(ranking, weights={count: weight * factor for count, weight in ranking.weights.items()})

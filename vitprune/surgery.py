@@ -1,0 +1,186 @@
+"""A model and a plan make a model that really is smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import chain
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from . import parts
+from .errors import InputError, NotSupported
+from .model.config import BlockConfig, VitConfig
+from .model.vit import Attention, Block, Mlp, Vit, fingerprint
+from .plan import BlockPlan, Plan
+from .tokens.base import Reducer
+
+CompensatedWeights = Mapping[tuple[int, str], Tensor]
+
+
+def prune(model: Vit, plan: Plan, weights: CompensatedWeights | None = None) -> Vit:
+    """What ``plan`` leaves of ``model``, as a new model with weights of its own.
+
+    Zeroing in ``model`` the columns of ``proj`` and ``fc2`` that belong to removed heads and units gives the same
+    outputs. A half that is removed altogether adds nothing to the tokens: its output bias goes with it.
+
+    Args:
+        model: the model that the plan was made for; it stays as it is.
+        plan: what stays.
+        weights: for (block, 'attn') the weight of ``proj``, for (block, 'mlp') that of ``fc2``, [C, kept columns],
+            with what the removed columns did made up for.
+
+    Raises:
+        InputError: the plan was made for another model, or does not fit this one.
+        NotSupported: a norm across heads or hidden units, which some of them cannot leave without changing the rest.
+    """
+    if plan.model_sha256 != fingerprint(model):
+        raise InputError(
+            f"the plan was made for the model with hash {plan.model_sha256[:12]}, this one has "
+            f"{fingerprint(model)[:12]}; load the weights that the plan was made for, or search again"
+        )
+    slim = build(_pruned_config(model.config, plan))
+    slim.to(next(model.parameters()))
+    state = model.state_dict()
+    for number, (block, kept) in enumerate(zip(model.blocks, plan.blocks, strict=True)):
+        for name, tensor in _kept_weights(cast(Block, block), kept, number, weights or {}).items():
+            state[f"blocks.{number}.{name}"] = tensor
+    with torch.no_grad():
+        for name, tensor in slim.state_dict().items():
+            tensor.copy_(_same_shape(state[name], tensor, name))
+    return slim
+
+
+def build(config: VitConfig, state_dict: Mapping[str, Tensor] | None = None) -> Vit:
+    """The model that ``config`` describes, with its token method, in eval mode; weights are copied from ``state_dict``.
+
+    Raises:
+        InputError: the token counts are more than one application of the method can do, or the weights do not fit.
+        NotSupported: the token method needs a class token and the model has none.
+    """
+    model = Vit(config, _reducers(config)).eval()
+    if state_dict is None:
+        return model
+    floats = [tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()]
+    try:
+        model.to(floats[0] if floats else torch.float32).load_state_dict(dict(state_dict))
+    except RuntimeError as error:  # torch lists everything that does not fit
+        raise InputError(f"the weights do not belong to this architecture: {error}") from error
+    return model
+
+
+def dense_plan(model: Vit) -> Plan:
+    """The plan that keeps all of ``model``."""
+    blocks = model.config.blocks
+    return Plan.dense(fingerprint(model), model.config.patches, [b.heads for b in blocks], [b.mlp for b in blocks])
+
+
+def _reducers(config: VitConfig) -> dict[int, nn.Module]:
+    """A reducer for each block whose token count falls, once it is clear that the counts can be reached."""
+    if config.reducer is None:
+        return {}
+    kind = parts.load("vitprune.tokens", config.reducer, Reducer)  # type: ignore[type-abstract]
+    if kind.needs_class_token and not config.class_token:
+        raise NotSupported(
+            f"{config.reducer} scores patches by the class token's attention, and this model has no class token; "
+            f"use {_without_class_token()}"
+        )
+    reducers: dict[int, nn.Module] = {}
+    entering = config.patches
+    for number, block in enumerate(config.blocks):
+        if block.patches is None:
+            continue
+        fewest = kind.fewest(entering, config.prefix)
+        if not fewest <= block.patches <= entering:
+            raise InputError(
+                f"block {number}: {config.reducer} can leave {fewest} to {entering} of {entering} patch tokens, "
+                f"not {block.patches}"
+            )
+        reducers[number] = kind()
+        entering = block.patches
+    return reducers
+
+
+def _without_class_token() -> str:
+    """The token methods that need no class token, as the end of a sentence."""
+    kinds = {name: parts.load("vitprune.tokens", name, Reducer) for name in parts.names("vitprune.tokens")}  # type: ignore[type-abstract]
+    return " or ".join(name for name, kind in kinds.items() if not kind.needs_class_token)
+
+
+def _pruned_config(config: VitConfig, plan: Plan) -> VitConfig:
+    if len(plan.blocks) != len(config.blocks):
+        raise InputError(f"the plan is for {len(plan.blocks)} blocks, the model has {len(config.blocks)}")
+    if plan.patches != config.patches:
+        raise InputError(
+            f"the plan counts tokens of images with {plan.patches} patches, the model is made for {config.patches}; "
+            f"load the model at the image size of the budget"
+        )
+    if config.reducer and plan.reducer and config.reducer != plan.reducer:
+        raise InputError(f"the model already reduces tokens by {config.reducer}, and the plan by {plan.reducer}")
+    blocks, entering = [], config.patches
+    for number, (block, kept) in enumerate(zip(config.blocks, plan.blocks, strict=True)):
+        pruned = _pruned_block(block, kept, number, entering)
+        entering = pruned.patches or entering
+        blocks.append(pruned)
+    reducer = config.reducer or plan.reducer
+    return config.with_blocks(blocks, reducer if any(block.patches for block in blocks) else None)
+
+
+def _pruned_block(block: BlockConfig, kept: BlockPlan, number: int, entering: int) -> BlockConfig:
+    for name, indices, count in (("heads", kept.heads, block.heads), ("MLP units", kept.mlp, block.mlp)):
+        if indices and indices[-1] >= count:
+            raise InputError(f"block {number}: the plan keeps {name} up to {indices[-1]}, the model has {count}")
+    counts = [patches for patches in (block.patches, kept.patches) if patches is not None]
+    patches = min(counts, default=entering) if kept.heads else entering
+    left = patches if patches < entering else None  # a block that leaves what enters needs no reducer
+    return replace(block, heads=len(kept.heads), mlp=len(kept.mlp), patches=left)
+
+
+def _kept_weights(block: Block, kept: BlockPlan, number: int, weights: CompensatedWeights) -> dict[str, Tensor]:
+    """The block's tensors that lose rows or columns, by their name in the block."""
+    tensors: dict[str, Tensor] = {}
+    if block.attn is not None and kept.heads:
+        tensors |= _kept_attention(block.attn, kept.heads, weights.get((number, "attn")))
+    if block.mlp is not None and kept.mlp:
+        tensors |= _kept_mlp(block.mlp, kept.mlp, weights.get((number, "mlp")))
+    return tensors
+
+
+def _kept_attention(attn: Attention, heads: tuple[int, ...], proj: Tensor | None) -> dict[str, Tensor]:
+    starts = (0, attn.sizes[0], attn.sizes[0] + attn.sizes[1])
+    sizes = (attn.qk_dim, attn.qk_dim, attn.v_dim)
+    rows = list(
+        chain.from_iterable(
+            range(start + head * size, start + (head + 1) * size)
+            for start, size in zip(starts, sizes, strict=True)
+            for head in heads
+        )
+    )
+    columns = [row - starts[2] for row in rows if row >= starts[2]]
+    return _rows("attn.qkv", attn.qkv, rows) | {
+        "attn.proj.weight": attn.proj.weight[:, columns] if proj is None else proj
+    }
+
+
+def _kept_mlp(mlp: Mlp, units: tuple[int, ...], fc2: Tensor | None) -> dict[str, Tensor]:
+    columns = list(units)
+    rows = columns + [unit + mlp.fc2.in_features for unit in units] if mlp.gated else columns
+    return _rows("mlp.fc1", mlp.fc1, rows) | {"mlp.fc2.weight": mlp.fc2.weight[:, columns] if fc2 is None else fc2}
+
+
+def _rows(name: str, layer: nn.Linear, rows: list[int]) -> dict[str, Tensor]:
+    tensors = {f"{name}.weight": layer.weight[rows]}
+    return tensors if layer.bias is None else tensors | {f"{name}.bias": layer.bias[rows]}
+
+
+def _same_shape(tensor: Tensor, slim: Tensor, name: str) -> Tensor:
+    """``tensor``, if it has the shape that the slim model needs."""
+    if tensor.shape == slim.shape:
+        return tensor
+    if name.endswith((".attn.norm.weight", ".attn.norm.bias", ".mlp.norm.weight", ".mlp.norm.bias")):
+        raise NotSupported(
+            f"{name} normalises across what would be pruned, so the rest would change; keep all of that half, or none"
+        )
+    raise InputError(f"the compensated weight for {name} is {tuple(tensor.shape)}, the plan keeps {tuple(slim.shape)}")
