@@ -1,0 +1,1 @@
+"""Runtimes, one a file; the file name is what a profile calls ``runtime.name``."""

@@ -1,0 +1,257 @@
+"""What running an engine needs of CUDA, behind one small interface with two implementations.
+
+``cuda.bindings`` (NVIDIA's own, a wheel) and ``pycuda`` (compiled against the toolkit). Both use the primary context
+of device 0, which TensorRT uses too. Every call that fails is a sentence.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import importlib
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple, final
+
+import numpy as np
+
+from vitprune.errors import InputError, MissingError
+
+
+class Device(NamedTuple):
+    """The GPU."""
+
+    name: str
+    compute_capability: str  # as in '8.6'
+    memory_bytes: int
+
+
+class Cuda(ABC):
+    """Memory, streams and events of device 0. Streams and events are whatever the implementation makes of them.
+
+    Attributes:
+        package: which Python package does it.
+    """
+
+    package: str
+
+    @abstractmethod
+    def device(self) -> Device:
+        """Which GPU this is."""
+
+    @abstractmethod
+    def allocate(self, size_bytes: int) -> int:
+        """Address of new device memory."""
+
+    @abstractmethod
+    def free(self, address: int) -> None:
+        """Give device memory back."""
+
+    @abstractmethod
+    def pinned(self, shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
+        """Host memory that copies run to and from without a detour; given back with the last array on it."""
+
+    @abstractmethod
+    def stream(self) -> Any:
+        """A new stream."""
+
+    @abstractmethod
+    def handle(self, stream: Any) -> int:
+        """What TensorRT takes for ``stream``."""
+
+    @abstractmethod
+    def synchronize(self, stream: Any) -> None:
+        """Wait for all work on ``stream``; errors of that work show here."""
+
+    @abstractmethod
+    def copy_in(self, address: int, array: np.ndarray, stream: Any) -> None:
+        """Start a copy from the host."""
+
+    @abstractmethod
+    def copy_out(self, array: np.ndarray, address: int, stream: Any) -> None:
+        """Start a copy to the host."""
+
+    @abstractmethod
+    def event(self) -> Any:
+        """A new event that can be timed."""
+
+    @abstractmethod
+    def record(self, event: Any, stream: Any) -> None:
+        """Have ``event`` happen when the stream gets there."""
+
+    @abstractmethod
+    def elapsed_ms(self, first: Any, last: Any) -> float:
+        """Milliseconds between two events that have happened."""
+
+
+def open_cuda(package: str | None = None) -> Cuda:
+    """CUDA by way of ``package``: 'cuda.bindings' or 'pycuda'; None: the first that is installed.
+
+    Raises:
+        InputError: no such package is known.
+        MissingError: it is not installed, or there is no NVIDIA driver or GPU.
+    """
+    if package is not None and package not in KINDS:
+        raise InputError(f"CUDA is reached through {' or '.join(KINDS)}, not {package!r}")
+    for name in [package] if package else list(KINDS):
+        try:
+            return KINDS[name]()
+        except ImportError as error:
+            missing = error
+    extra = "pycuda" if package == "pycuda" else "cuda-bindings"
+    raise MissingError(f"{package or ' and '.join(KINDS)} cannot be imported ({missing}); run `pip install {extra}`")
+
+
+@final
+class Bindings(Cuda):
+    """CUDA's runtime API through ``cuda.bindings``; every call returns a code and its results."""
+
+    package = "cuda.bindings"
+
+    def __init__(self) -> None:
+        self._api: Any = importlib.import_module("cuda.bindings.runtime")
+        if not self._call("cudaGetDeviceCount"):
+            raise MissingError("there is no NVIDIA GPU in this machine")
+        self._call("cudaSetDevice", 0)
+
+    def device(self) -> Device:
+        facts = self._call("cudaGetDeviceProperties", 0)
+        return Device(_text(facts.name), f"{facts.major}.{facts.minor}", int(facts.totalGlobalMem))
+
+    def allocate(self, size_bytes: int) -> int:
+        return int(self._call("cudaMalloc", size_bytes))
+
+    def free(self, address: int) -> None:
+        self._call("cudaFree", address)
+
+    def pinned(self, shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
+        size = int(np.prod(shape)) * dtype.itemsize
+        address = int(self._call("cudaHostAlloc", size, 0))
+        raw = (ctypes.c_byte * size).from_address(address)
+        weakref.finalize(raw, self._api.cudaFreeHost, address).atexit = False  # at exit the driver frees everything
+        return np.frombuffer(memoryview(raw), dtype=dtype).reshape(shape)
+
+    def stream(self) -> Any:
+        return self._call("cudaStreamCreate")
+
+    def handle(self, stream: Any) -> int:
+        return int(stream)
+
+    def synchronize(self, stream: Any) -> None:
+        self._call("cudaStreamSynchronize", stream)
+
+    def copy_in(self, address: int, array: np.ndarray, stream: Any) -> None:
+        kind = self._api.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, stream)
+
+    def copy_out(self, array: np.ndarray, address: int, stream: Any) -> None:
+        kind = self._api.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, stream)
+
+    def event(self) -> Any:
+        return self._call("cudaEventCreate")
+
+    def record(self, event: Any, stream: Any) -> None:
+        self._call("cudaEventRecord", event, stream)
+
+    def elapsed_ms(self, first: Any, last: Any) -> float:
+        return float(self._call("cudaEventElapsedTime", first, last))
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """The result of one call of the API; MissingError for any code but success."""
+        try:
+            code, *results = getattr(self._api, name)(*arguments)
+        except RuntimeError as error:  # the library itself could not be loaded
+            raise MissingError(f"{NO_DRIVER} ({error})") from error
+        if int(code) != 0:
+            raise MissingError(_complain(name, int(code), getattr(code, "name", str(code))))
+        return results[0] if results else None
+
+
+@final
+class PyCuda(Cuda):
+    """CUDA's driver API through ``pycuda``, which raises for every code but success."""
+
+    package = "pycuda"
+
+    def __init__(self) -> None:
+        try:
+            self._api: Any = importlib.import_module("pycuda.driver")
+            self._api.init()
+        except ImportError as error:
+            if "libcuda" in str(error):  # the module is there, and the driver that it links is not
+                raise MissingError(f"{NO_DRIVER} ({error})") from error
+            raise
+        except Exception as error:  # its errors derive from Exception alone
+            raise MissingError(f"{NO_DRIVER} ({error})") from error
+        self._device = self._api.Device(0)
+        self._context = self._device.retain_primary_context()
+        self._context.push()
+        atexit.register(self._context.pop)  # pycuda aborts the process if its stack is not empty at the end
+        self._memory: dict[int, Any] = {}
+
+    def device(self) -> Device:
+        major, minor = self._device.compute_capability()
+        return Device(self._device.name(), f"{major}.{minor}", int(self._device.total_memory()))
+
+    def allocate(self, size_bytes: int) -> int:
+        memory = self._call(self._api.mem_alloc, size_bytes)
+        self._memory[int(memory)] = memory  # pycuda frees what nobody holds
+        return int(memory)
+
+    def free(self, address: int) -> None:
+        self._memory.pop(address).free()
+
+    def pinned(self, shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
+        return self._call(self._api.pagelocked_empty, tuple(shape), dtype)
+
+    def stream(self) -> Any:
+        return self._call(self._api.Stream)
+
+    def handle(self, stream: Any) -> int:
+        return int(stream.handle)
+
+    def synchronize(self, stream: Any) -> None:
+        self._call(stream.synchronize)
+
+    def copy_in(self, address: int, array: np.ndarray, stream: Any) -> None:
+        self._call(self._api.memcpy_htod_async, address, array, stream)
+
+    def copy_out(self, array: np.ndarray, address: int, stream: Any) -> None:
+        self._call(self._api.memcpy_dtoh_async, array, address, stream)
+
+    def event(self) -> Any:
+        return self._call(self._api.Event)
+
+    def record(self, event: Any, stream: Any) -> None:
+        self._call(event.record, stream)
+
+    def elapsed_ms(self, first: Any, last: Any) -> float:
+        return float(self._call(first.time_till, last))
+
+    def _call(self, function: Any, *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except self._api.Error as error:
+            raise MissingError(f"CUDA failed: {error}") from error
+
+
+KINDS: dict[str, type[Any]] = {"cuda.bindings": Bindings, "pycuda": PyCuda}
+NO_DRIVER = "no NVIDIA driver was found on this machine"
+
+
+def _complain(call: str, code: int, name: str) -> str:
+    """A sentence for a code that CUDA gave back."""
+    if code in (35, 34):  # cudaErrorInsufficientDriver, cudaErrorStubLibrary
+        return f"{NO_DRIVER}, or it is too old for this CUDA ({name}); install NVIDIA's current driver"
+    if code == 100:  # cudaErrorNoDevice
+        return f"there is no NVIDIA GPU in this machine ({name})"
+    if code == 2:  # cudaErrorMemoryAllocation
+        return "the GPU has no memory left; use a smaller batch"
+    return f"CUDA failed in {call}: {name} ({code})"
+
+
+def _text(name: bytes | str) -> str:
+    """A C string of the API."""
+    return name.split(b"\0")[0].decode(errors="replace") if isinstance(name, bytes) else name

@@ -1,0 +1,258 @@
+"""ONNX Runtime: on the CPU by default, on any other of its execution providers by name.
+
+Options of ``load``:
+    provider: ``cpu``, ``cuda``, ``tensorrt``, ``openvino`` ..., or ONNX Runtime's own name for one.
+    provider_options: what the provider takes, passed on as it is.
+    cpu_nodes: let nodes that a GPU provider does not take run on the CPU; False, since that hides a slow graph.
+    sizes: sizes of free dimensions by name, besides ``batch``; a graph with all of them fixed is specialised.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitprune.errors import DamagedFile, InputError, MissingError, NotSupported
+
+from .base import Backend, TensorSpec
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "directml": "DmlExecutionProvider",
+}
+# what to hand a graph's remaining nodes to, and which package brings the provider
+BEHIND = {"TensorrtExecutionProvider": ["CUDAExecutionProvider"]}
+PACKAGES = {
+    "CUDAExecutionProvider": "onnxruntime-gpu",
+    "TensorrtExecutionProvider": "onnxruntime-gpu 'tensorrt-cu13<11'",  # it links libnvinfer.so.10
+    "OpenVINOExecutionProvider": "onnxruntime-openvino",
+    "DmlExecutionProvider": "onnxruntime-directml",
+}
+DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn")
+OPTIONS = ("provider", "provider_options", "cpu_nodes", "sizes")
+TYPES = {"float": "float32", "double": "float64"}  # ONNX Runtime's names where they are not numpy's
+
+
+class OnnxRuntime(Backend):
+    """A session of ONNX Runtime, and the threads that it started."""
+
+    def __init__(self, session: Any, provider: str, threads: list[int]) -> None:
+        self._session, self._threads = session, threads
+        self.provider = provider
+        self.runtime = f"onnxruntime {_import().__version__}"
+        self.inputs = tuple(_spec(node) for node in session.get_inputs())
+        self.outputs = tuple(_spec(node) for node in session.get_outputs())
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        threads: int | None = None,
+        batch: int | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> OnnxRuntime:
+        """A session on the provider that the options ask for, and on no other."""
+        options = dict(options or {})
+        unknown = sorted(options.keys() - set(OPTIONS))
+        if unknown:
+            raise InputError(f"onnxruntime has no option {unknown[0]!r}, it has {', '.join(OPTIONS)}")
+        if not path.is_file():
+            raise InputError(f"{path}: there is no such model file")
+        short = options.get("provider", "cpu")
+        provider = find_provider(short)
+        sizes = dict(options.get("sizes", {})) | ({} if batch is None else {"batch": batch})
+        session_options = _session_options(threads, sizes, strict=_is_gpu(provider) and not options.get("cpu_nodes"))
+        before = _task_ids()
+        session = _open(path, session_options, provider, dict(options.get("provider_options", {})))
+        return cls(session, _short(provider), sorted(_task_ids() - before))
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """The first output, without I/O binding: its shape may differ from call to call."""
+        if len(self.inputs) != 1:
+            raise InputError(f"this model has {len(self.inputs)} inputs ({', '.join(i.name for i in self.inputs)})")
+        feed = {self.inputs[0].name: images}
+        self._check(feed)
+        return np.asarray(self._session.run([self.outputs[0].name], feed)[0])
+
+    def bind(self, feed: Mapping[str, np.ndarray]) -> Callable[[], float]:
+        """One run with I/O binding; on a GPU provider, copying to and from the host is part of it."""
+        ort = _import()
+        self._check(feed)
+        results = self._session.run(None, dict(feed))  # the shapes of the outputs are known only after a run
+        as_value = ort.OrtValue.ortvalue_from_numpy
+        ins = {name: as_value(np.ascontiguousarray(array)) for name, array in feed.items()}
+        outs = {spec.name: as_value(np.empty_like(out)) for spec, out in zip(self.outputs, results, strict=True)}
+        binding = self._session.io_binding()
+        for name, value in ins.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in outs.items():
+            binding.bind_ortvalue_output(name, value)
+        return _Bound(self._session, binding, [*ins.values(), *outs.values()])
+
+    def thread_ids(self) -> list[int]:
+        """The threads that came with this session: all that work on a batch, besides the caller."""
+        return list(self._threads)
+
+    def close(self) -> None:
+        """Let go of the session."""
+        self._session = None
+
+    def _check(self, feed: Mapping[str, np.ndarray]) -> None:
+        """Refuse ``feed`` with a sentence where ONNX Runtime would with a page."""
+        wanted = {spec.name: spec for spec in self.inputs}
+        if feed.keys() != wanted.keys():
+            raise InputError(f"this model's inputs are {', '.join(sorted(wanted))}, got {', '.join(sorted(feed))}")
+        for name, array in feed.items():
+            spec = wanted[name]
+            fits = len(array.shape) == len(spec.shape) and all(
+                isinstance(want, str) or want == got for want, got in zip(spec.shape, array.shape, strict=True)
+            )
+            if not fits or array.dtype.name != spec.dtype:
+                wants = f"{spec.dtype} [{', '.join(map(str, spec.shape))}]"
+                raise InputError(f"input {name} must be {wants}, got {array.dtype.name} {list(array.shape)}")
+
+
+class _Bound:
+    """One run on fixed buffers; it keeps them alive, since a binding only points at them."""
+
+    def __init__(self, session: Any, binding: Any, values: list[Any]) -> None:
+        self._run, self._binding, self._values = session.run_with_iobinding, binding, values
+
+    def __call__(self) -> float:
+        start = time.perf_counter_ns()
+        self._run(self._binding)
+        return (time.perf_counter_ns() - start) / 1e6
+
+
+def check_packages() -> None:
+    """Refuse a Python that holds two packages of ONNX Runtime.
+
+    Raises:
+        MissingError: both are there; they share one folder, and which one is imported is chance.
+    """
+    found = [name for name in DISTRIBUTIONS if _installed(name)]
+    if len(found) > 1:
+        raise MissingError(
+            f"{' and '.join(found)} are both installed, and they overwrite each other's files; "
+            f"run `pip uninstall -y {' '.join(found)}`, then `pip install` the one you want"
+        )
+
+
+def find_provider(name: str) -> str:
+    """ONNX Runtime's name of the execution provider ``name``, which this installation has.
+
+    Raises:
+        InputError: no provider bears that name.
+        MissingError: the installed package lacks it; the message names the one that has it.
+    """
+    ort = _import()
+    provider = PROVIDERS.get(name.lower(), name)
+    if provider in ort.get_available_providers():
+        return provider
+    if provider not in PROVIDERS.values() and provider not in ort.get_all_providers():
+        raise InputError(f"onnxruntime has no execution provider {name!r}; known are {', '.join(PROVIDERS)}")
+    package = PACKAGES.get(provider)
+    way = f"run `pip uninstall -y onnxruntime && pip install {package}`" if package else "it needs another build of it"
+    raise MissingError(f"this onnxruntime {ort.__version__} was built without {provider}; {way}")
+
+
+def _import() -> Any:
+    """The module ``onnxruntime``; by name, since this file bears the same one."""
+    check_packages()
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingError(f"onnxruntime cannot be imported ({error}); run `pip install 'vitprune[cpu]'`") from error
+    return onnxruntime
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _session_options(threads: int | None, sizes: Mapping[str, int], strict: bool) -> Any:
+    """How a session is to run: one operator at a time, its threads asleep between runs."""
+    ort = _import()
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL  # ORT_PARALLEL took 1.7 times as long on a ViT
+    options.inter_op_num_threads = 1
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # what is an error comes as an exception, and warnings are not ours to print
+    # workers that spin after a run would take processor time from the next model of an interleaved measurement
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if strict:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    for name, size in sizes.items():
+        options.add_free_dimension_override_by_name(name, size)
+    return options
+
+
+def _open(path: Path, options: Any, provider: str, provider_options: dict[str, Any]) -> Any:
+    """A session of the model in ``path``, on ``provider`` and nothing else."""
+    ort = _import()
+    providers = [(provider, provider_options), *BEHIND.get(provider, [])]
+    try:
+        session = ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # its exceptions share no base but Exception
+        raise _explain(path, provider, error) from error
+    if session.get_providers()[0] != provider:
+        raise MissingError(
+            f"{path.name} was to run on {provider}, but it did not start (its libraries or its device are missing) "
+            f"and onnxruntime fell back to {session.get_providers()[0]}; `vitprune-deploy doctor` says what is missing"
+        )
+    return session
+
+
+def _explain(path: Path, provider: str, error: Exception) -> Exception:
+    """Our exception for what ONNX Runtime raised while loading ``path``."""
+    text = " ".join(str(error).split())
+    kind = type(error).__name__
+    if "fallback to CPU EP" in text:
+        return NotSupported(
+            f"{path}: {provider} does not take every node of this graph; load it with a fixed batch, "
+            "or set the option cpu_nodes to let the rest run on the CPU"
+        )
+    if kind == "NotImplemented":
+        return NotSupported(f"{path}: onnxruntime has no kernel for a node of it: {text}")
+    if kind in ("EPFail", "RuntimeException") and _is_gpu(provider):
+        return MissingError(f"{provider} did not start on this machine: {text}")
+    return DamagedFile(f"{path} is cut off or not an ONNX model that this onnxruntime reads: {text}")
+
+
+def _spec(node: Any) -> TensorSpec:
+    """Name, shape and type of an input or output."""
+    name = node.type.removeprefix("tensor(").removesuffix(")")
+    shape = tuple(size if isinstance(size, int) else str(size) for size in node.shape)
+    return TensorSpec(node.name, shape, TYPES.get(name, name))
+
+
+def _short(provider: str) -> str:
+    """Our name for a provider, where there is one."""
+    return next((short for short, name in PROVIDERS.items() if name == provider), provider)
+
+
+def _is_gpu(provider: str) -> bool:
+    """Whether nodes that it leaves to the CPU would make figures meaningless."""
+    return provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider", "DmlExecutionProvider")
+
+
+def _task_ids() -> set[int]:
+    """Kernel ids of this process's threads; empty on systems without /proc."""
+    tasks = Path("/proc/self/task")
+    return {int(task.name) for task in tasks.iterdir()} if tasks.is_dir() else set()

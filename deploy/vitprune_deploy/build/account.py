@@ -1,0 +1,153 @@
+"""What the report shows, collected from what the stages wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from vitprune.search.counts import Counts
+from vitprune.search.frontier import from_rows
+from vitprune.search.latency import LatencyTable
+
+from ..artifact import Manifest
+from ..validate import Limits, Verdict
+from .bench import Bench
+
+if TYPE_CHECKING:
+    from vitprune.model.config import VitConfig
+
+    from ..report.facts import Facts, ModelFacts, Picture, Whole
+
+SHOWN_IMAGES = 6
+
+
+def collect(bench: Bench, manifest: Manifest) -> Facts:
+    """The facts of a finished build."""
+    from ..report.facts import Facts
+
+    profile, found = bench.profile, bench.json("validate", "figures.json")
+    searched = bench.json("search", "search.json")
+    table = LatencyTable.from_dict(searched["table"])
+    return Facts(
+        title=f"{profile.model.name} on {profile.device.name or manifest.device['cpu']}",
+        description=profile.description or "",
+        created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        command=f"vitprune-deploy build {profile.name}.yaml",
+        verdict=Verdict(manifest.verdict, list(manifest.reasons)),
+        limits=limits(bench, found["budget_ms"]),
+        asked=_asked(bench),
+        runtime=profile.runtime.name,
+        precision=profile.runtime.precision,
+        batch=profile.batch,
+        image_size=bench.dense.config.image_size,
+        threads=profile.budget.threads,
+        dense=_model(bench, manifest, found, "dense"),
+        pruned=_model(bench, manifest, found, "pruned"),
+        accuracy=found["accuracy"],
+        reference_top1=found["reference_top1"],
+        parity=manifest.parity.model_dump(),
+        token_method=searched["method"],
+        frontier=tuple(from_rows(bench.json("search", "frontier.json"))),
+        search=searched,
+        table=table,
+        wholes=tuple(_wholes(bench, searched)),
+        pictures=pictures(bench),
+        engines=tuple(engine.model_dump() for engine in manifest.engines),
+        device=manifest.device,
+        machine=found["machine"],
+        versions=manifest.versions,
+        notes=tuple(_notes(bench, searched)),
+        profile_yaml=profile.to_yaml(),
+    )
+
+
+def limits(bench: Bench, budget_ms: float) -> Limits:
+    """What the profile asks for, with the budget resolved to milliseconds."""
+    profile = bench.profile
+    return Limits(
+        latency_ms=budget_ms,
+        percentile=profile.budget.percentile,
+        max_drop=profile.accuracy.max_drop,
+        min_top1=profile.accuracy.min_top1,
+        min_agreement=profile.accuracy.min_agreement,
+        memory_mb=profile.budget.memory_mb,
+    )
+
+
+def pictures(bench: Bench) -> tuple[Picture, ...]:
+    """Some test images with what is left of them block by block; none where the model reduces no tokens."""
+    import torch
+
+    from ..data import batches
+    from ..report import pictures as drawing
+
+    part = bench.images.test
+    step = max(1, len(part) // SHOWN_IMAGES)
+    shown = part.subset(range(step // 2, len(part), step)[:SHOWN_IMAGES])
+    pixels = torch.cat([torch.from_numpy(found) for found, _ in batches(shown, bench.preprocess, SHOWN_IMAGES)])
+    names = [shown.name(i) for i in range(len(shown))][: len(pixels)]
+    return drawing.pictures(bench.pruned, pixels, mean=bench.preprocess.mean, std=bench.preprocess.std, names=names)
+
+
+def _asked(bench: Bench) -> str:
+    budget = bench.profile.budget
+    if budget.speedup is not None:
+        return f"{budget.speedup:g} times as fast as the dense model, measured beside it"
+    return f"{budget.latency_ms:g} ms for one batch"
+
+
+def _model(bench: Bench, manifest: Manifest, found: Mapping[str, Any], name: str) -> ModelFacts:
+    from ..report.facts import ModelFacts
+
+    figures = manifest.dense if name == "dense" else manifest.pruned
+    config = bench.dense.config if name == "dense" else bench.pruned.config
+    return ModelFacts(
+        params=figures.params,
+        macs=figures.macs,
+        latency=found[f"{name}_latency"],
+        counts=_counts(config),
+        size_bytes=found["size_bytes"][name],
+        predicted_ms=figures.predicted_latency_ms,
+        memory_mb=found["memory_mb"] if name == "pruned" else None,
+        runs_ms=tuple(found[f"{name}_runs_ms"]),
+    )
+
+
+def _counts(config: VitConfig) -> Counts:
+    """What each block has."""
+    patches, left = [], config.patches
+    for block in config.blocks:
+        left = block.patches or left
+        patches.append(left)
+    return Counts(tuple(b.heads for b in config.blocks), tuple(b.mlp for b in config.blocks), tuple(patches))
+
+
+def _wholes(bench: Bench, searched: Mapping[str, Any]) -> list[Whole]:
+    """Whole models that were measured while the table was made, and while the search landed."""
+    from ..report.facts import Whole
+
+    table, method = LatencyTable.from_dict(searched["table"]), {m.name: m for m in bench.token_methods()}
+    chosen = method.get(searched["method"] or "")
+    found = [
+        Whole(row["predicted_ms"], row["measured_ms"], row["low_ms"], row["high_ms"], fitted=False)
+        for row in searched["measured"]
+    ]
+    for counts, measured in bench.json("measure", "wholes.json"):
+        plan = Counts.from_dict(counts)
+        if chosen is None and min(plan.patches) < table.tokens[0]:
+            continue
+        predicted_ms = table.predict_ms(plan, chosen)
+        found.append(Whole(predicted_ms, measured["value_ms"], measured["low_ms"], measured["high_ms"], fitted=True))
+    return found
+
+
+def _notes(bench: Bench, searched: Mapping[str, Any]) -> list[str]:
+    notes = []
+    checks = bench.json("recover", "recovery.json")
+    if checks:
+        notes.append(
+            f"Recovery: {checks[-1]['step']} steps in {checks[-1]['seconds']:.0f} s; the held-out loss went from "
+            f"{checks[0]['loss']:.4f} to {min(check['loss'] for check in checks):.4f} nats per image."
+        )
+    return notes

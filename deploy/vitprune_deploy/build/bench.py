@@ -1,0 +1,148 @@
+"""What the stages of one build share: the profile, the outputs of earlier stages, the dense model and the images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vitprune import parts
+
+from ..data import Preprocess, Split, batches, open_split
+from ..profile import Profile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitprune.model.vit import Vit
+    from vitprune.search.counts import TokenMethod
+
+
+class Shows(Protocol):
+    """Whoever shows a person how far a build is; see ``console.Console``."""
+
+    def progress(self, done: float, total: float, what: str) -> None:
+        """``done`` of ``total`` of the current stage's work is finished."""
+
+    def say(self, text: str) -> None:
+        """A line for the person."""
+
+
+@dataclass
+class Bench:
+    """What stages read. Models and images are loaded when first asked for, and kept.
+
+    Attributes:
+        profile: what to build.
+        shows: where progress goes.
+        work: folder for what a stage leaves for its own next try.
+        folders: the outputs of the stages that are done, by their names.
+    """
+
+    profile: Profile
+    shows: Shows
+    work: Path
+    folders: dict[str, Path] = field(default_factory=dict)
+
+    def json(self, stage: str, name: str) -> Any:
+        """What a finished stage wrote to the JSON file ``name``."""
+        return json.loads((self.folders[stage] / name).read_bytes())
+
+    @cached_property
+    def dense(self) -> Vit:
+        """The model to prune, in eval mode."""
+        return load_vit(self.folders["model"], "dense")
+
+    @cached_property
+    def pruned(self) -> Vit:
+        """The model that is shipped, in eval mode, once the stage ``recover`` is done."""
+        return load_vit(self.folders["recover"], "model")
+
+    @cached_property
+    def preprocess(self) -> Preprocess:
+        """How the model wants its images."""
+        return Preprocess.from_dict(self.json("model", "preprocess.json"))
+
+    @cached_property
+    def class_names(self) -> list[str] | None:
+        """The classes in the order of the model's outputs; None: not known."""
+        return self.json("model", "classes.json")
+
+    @cached_property
+    def images(self) -> Split:
+        """The three parts of the images."""
+        classes = self.json("model", "dense.json")["classes"]
+        return open_split(
+            self.profile.data,
+            class_names=self.class_names,
+            num_classes=classes or None,
+            seed=self.profile.seed,
+        )
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        """The calibration images as the model wants them, [M, channels, height, width]."""
+        import torch
+
+        found = [pixels for pixels, _ in batches(self.images.calibration, self.preprocess, 64)]
+        return torch.cat([torch.from_numpy(pixels) for pixels in found])
+
+    @property
+    def search_images(self) -> Tensor:
+        """Calibration images that losses are measured on."""
+        return self.calibration[: -self.profile.search.holdout_images]
+
+    @property
+    def holdout_images(self) -> Tensor:
+        """Calibration images that only choose between the last candidates."""
+        return self.calibration[-self.profile.search.holdout_images :]
+
+    def token_methods(self) -> list[TokenMethod]:
+        """The token methods that the profile asks for: none, one, or each that can act on the model.
+
+        Raises:
+            NotSupported: the one asked for cannot.
+        """
+        from vitprune.errors import NotSupported
+        from vitprune.search.counts import TokenMethod
+        from vitprune.tokens.base import Reducer
+
+        asked, kind = self.profile.prune.tokens.method, Reducer
+        if asked == "none":
+            return []
+        found = []
+        for name in parts.names("vitprune.tokens") if asked == "auto" else [asked]:
+            method = TokenMethod.of(name, parts.load("vitprune.tokens", name, kind))
+            if not method.needs_class_token or self.dense.config.class_token:
+                found.append(method)
+            elif asked != "auto":
+                model = self.profile.model.name
+                raise NotSupported(f"prune.tokens.method {name} scores by the class token, and {model} has none")
+        return found
+
+
+def load_vit(folder: Path, name: str) -> Vit:
+    """The model that ``save_vit`` left in ``folder``."""
+    from safetensors.torch import load_file
+
+    from vitprune.model.config import VitConfig
+    from vitprune.surgery import build
+
+    config = VitConfig.from_dict(json.loads((folder / f"{name}.json").read_bytes()))
+    return build(config, load_file(folder / f"{name}.safetensors"))
+
+
+def save_vit(model: Vit, folder: Path, name: str) -> None:
+    """Write ``name``.json and ``name``.safetensors."""
+    from safetensors.torch import save_file
+
+    write_json(folder / f"{name}.json", model.config.to_dict())
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / f"{name}.safetensors")
+
+
+def write_json(path: Path, value: Mapping[str, Any] | list[Any] | None) -> None:
+    """Write plain data so that a person can read it too."""
+    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")

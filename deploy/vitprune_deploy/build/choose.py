@@ -1,0 +1,350 @@
+"""The stages that decide what stays: latencies of the parts, losses of single changes, and the search over both."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from vitprune.errors import BudgetUnreachable
+
+from ..artifact import canonical_sha256, sha256_file
+from . import runtimes
+from .bench import Bench, write_json
+
+if TYPE_CHECKING:
+    from vitprune.search.correct import Refined
+    from vitprune.search.counts import Counts, Sizes, TokenMethod
+    from vitprune.search.landing import Landed, Measured
+    from vitprune.search.losses import Evaluator, Rankings
+    from vitprune.search.problem import Problem
+
+    from ..latency.table import Request
+
+MOST_WIDTHS = 12  # of an MLP: between them the loss curve is as good as straight
+FEWEST_PATCHES = 16  # the last token level is this part of all patches
+FASTEST_SPEEDUP = 8.0  # the frontier of frontier.json goes down to this, or to the fastest plan there is
+LANDING_SHARE = 0.25  # of measure.max_seconds, for one round of landing
+
+
+def sizes(bench: Bench) -> Sizes:
+    """The sizes that the search may choose from, as the profile allows them."""
+    from vitprune.search.counts import Sizes
+    from vitprune.search.problem import ladder, multiples
+
+    profile, config = bench.profile, bench.dense.config
+    may, block = profile.prune, config.blocks[0]
+    removal = [0] if may.depth.enabled else []
+    heads = multiples(block.heads, profile.head_multiple, 1) if may.heads.enabled else (block.heads,)
+    units = multiples(block.mlp, _unit_step(block.mlp, profile.mlp_multiple), 1) if may.mlp.enabled else (block.mlp,)
+    levels = may.tokens.levels
+    if may.tokens.method == "none":
+        patches: tuple[int, ...] = ()
+    elif isinstance(levels, int):
+        patches = ladder(config.patches, levels, max(1, config.patches // FEWEST_PATCHES))
+    else:
+        patches = tuple(sorted({max(1, round(config.patches * share)) for share in (1.0, *levels)}, reverse=True))
+    return Sizes((*heads, *removal), (*units, *removal), patches)
+
+
+def _unit_step(units: int, multiple: int) -> int:
+    """The smallest step that is a multiple of ``multiple`` and makes at most ``MOST_WIDTHS`` widths."""
+    return multiple * max(1, -(-units // (multiple * MOST_WIDTHS)))
+
+
+def table_request(bench: Bench) -> Request:
+    """What the latency table must cover."""
+    from ..latency.table import Request
+
+    profile, allowed = bench.profile, sizes(bench)
+    limit = profile.measure.max_seconds
+    return Request(
+        batch=profile.batch,
+        threads=profile.budget.threads,
+        tokens=allowed.patches,
+        heads=allowed.heads,
+        mlp=allowed.mlp,
+        methods=tuple(bench.token_methods()),
+        runtime=profile.runtime.name,
+        precision=profile.runtime.precision,
+        seed=profile.seed,
+        **({} if limit is None else {"seconds": limit}),
+    )
+
+
+def table_settings(bench: Bench) -> dict[str, Any]:
+    """What the stage ``measure`` depends on besides the model: the device, and what is asked of it."""
+    from ..latency.table import table_key
+
+    given = bench.profile.measure.table
+    recorded = sha256_file(Path(given)) if given else None
+    return {**table_key(bench.dense.config, table_request(bench), runtimes.device(bench.profile)), "recorded": recorded}
+
+
+def measure(bench: Bench, folder: Path) -> None:
+    """Measure the table on this device, or take the recorded one that the profile names, if it belongs here."""
+    from vitprune.search.latency import LatencyTable
+
+    from ..latency.table import accept, measure_table
+
+    request, given = table_request(bench), bench.profile.measure.table
+    if given:
+        table = LatencyTable.from_dict(json.loads(Path(given).read_bytes()))
+        for warning in accept(table, bench.dense.config, request, runtimes.device(bench.profile)):
+            bench.shows.say(f"warning: {warning}")
+        write_json(folder / "latency_table.json", table.to_dict())
+        write_json(folder / "wholes.json", [])
+        return
+    found = measure_table(
+        bench.dense, request, runtimes.loader(bench.profile), folder / "pieces", progress=bench.shows.progress
+    )
+    shaky = [whole for whole in found.wholes if whole.measurement.unstable]
+    if shaky:
+        bench.shows.say(
+            f"warning: {len(shaky)} of {len(found.wholes)} whole models could not be measured exactly, other processes "
+            "are at work here; the search measures its candidates, but predictions may be off"
+        )
+    write_json(folder / "latency_table.json", found.table.to_dict())
+    write_json(folder / "wholes.json", [[whole.counts.to_dict(), asdict(whole.measurement)] for whole in found.wholes])
+    write_json(folder / "pieces.json", [asdict(piece) for piece in found.pieces])
+    shutil.rmtree(folder / "pieces")
+
+
+def loss_settings(bench: Bench) -> dict[str, Any]:
+    """What the stage ``losses`` depends on besides the model and the images."""
+    return {
+        "sizes": {name: list(values) for name, values in vars(sizes(bench)).items()},
+        "criterion": bench.profile.prune.criterion,
+        "probes": bench.profile.search.probe_images,
+        "holdout": bench.profile.search.holdout_images,
+        "methods": [method.name for method in bench.token_methods()],
+    }
+
+
+def survey_losses(bench: Bench, folder: Path) -> None:
+    """Measure what each single change costs, once for each token method that is in question."""
+    from vitprune.search.losses import measure_losses
+
+    names: list[str | None] = [method.name for method in bench.token_methods()] or [None]
+    for number, name in enumerate(names):
+        table, _ = measure_losses(
+            bench.dense,
+            bench.search_images,
+            sizes(bench),
+            criterion=bench.profile.prune.criterion,
+            token_method=name,
+            probes=bench.profile.search.probe_images,
+            progress=_nth(bench, number, len(names)),
+            store=folder / (name or "none"),
+        )
+        write_json(folder / (name or "none") / "losses.json", table.to_dict())
+    write_json(folder / "methods.json", names)
+
+
+def _nth(bench: Bench, number: int, of: int) -> Any:
+    """Progress of the ``number``-th of several equal parts."""
+    return lambda done, total, what: bench.shows.progress(number * total + done, of * total, what)
+
+
+def search_settings(bench: Bench) -> dict[str, Any]:
+    """What the stage ``search`` depends on besides earlier stages."""
+    profile = bench.profile
+    return {
+        "budget": profile.budget.model_dump(mode="json"),
+        "search": profile.search.model_dump(mode="json"),
+        "measure": profile.measure.model_dump(mode="json"),
+        "token_blocks": profile.prune.tokens.blocks,
+        "seed": profile.seed,
+    }
+
+
+def search(bench: Bench, folder: Path) -> None:
+    """Find the plan, first on predicted times with each token method, then on measured ones with the best of them."""
+    from vitprune.model.vit import fingerprint
+
+    methods: list[TokenMethod | None] = [*bench.token_methods()] or [None]
+    contest = [_contest(bench, method) for method in methods]
+    best = min(contest, key=lambda one: one.held_out_loss)
+    landed = _land(bench, best, folder)
+    method, counts = best.method.name if best.method else None, landed.chosen.point.counts
+    plan = best.rankings.plan(
+        fingerprint(bench.dense),
+        counts.heads,
+        counts.mlp,
+        counts.patches_out(bench.dense.config.patches),
+        patches=bench.dense.config.patches,
+        reducer=method,
+    )
+    (folder / "plan.yaml").write_text(yaml.safe_dump(plan.to_dict(), default_flow_style=None, sort_keys=False))
+    write_json(folder / "frontier.json", frontier(best.problem.on(landed.table)))
+    write_json(folder / "search.json", _account(contest, best, landed))
+
+
+def frontier(problem: Problem) -> list[dict[str, Any]]:
+    """The best plan for every budget from the dense model's time down, as rows."""
+    from vitprune.search.frontier import to_rows
+
+    dense_ms = problem.predict_ms(problem.dense())
+    return to_rows(problem.solve([dense_ms / FASTEST_SPEEDUP, dense_ms]).points())
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One token method's search on predicted times.
+
+    Attributes:
+        method: None where tokens are not reduced.
+        problem: with the weights that the refinement found.
+        refined: None where no plan is predicted to meet the budget.
+        held_out_loss: of the winner, on images that the search did not see.
+        held_out: computes it for any plan.
+    """
+
+    method: TokenMethod | None
+    rankings: Rankings
+    problem: Problem
+    refined: Refined | None
+    held_out_loss: float
+    held_out: Evaluator
+
+
+def _contest(bench: Bench, method: TokenMethod | None) -> Contest:
+    from vitprune.search.correct import Effort, refine
+    from vitprune.search.latency import LatencyTable
+    from vitprune.search.losses import Evaluator, LossTable, Rankings
+    from vitprune.search.problem import Problem
+
+    name = method.name if method else "none"
+    store, wanted = bench.folders["losses"] / name, bench.profile.search
+    table = LatencyTable.from_dict(bench.json("measure", "latency_table.json"))
+    losses = LossTable.from_dict(json.loads((store / "losses.json").read_bytes()))
+    problem = Problem(table, _only_blocks(losses, bench.profile.prune.tokens.blocks), method, sizes(bench))
+    rankings, reducer = Rankings.load(store), method.name if method else None
+    evaluate = Evaluator(bench.dense, rankings, bench.search_images[: wanted.probe_images], token_method=reducer)
+    held_out = Evaluator(bench.dense, rankings, bench.holdout_images, token_method=reducer)
+    effort = Effort(max(1, wanted.evaluations), wanted.max_seconds, seed=bench.profile.seed)
+    budget_ms = _target(bench).budget_ms(table.predict_ms(problem.dense(), method))
+    try:
+        refined = refine(problem, budget_ms, evaluate, effort, held_out=held_out, progress=_tell(bench, name))
+    except BudgetUnreachable as error:
+        bench.shows.say(f"{name}: {error}")
+        return Contest(method, rankings, problem, None, math.inf, held_out)
+    loss = held_out([refined.winner.point.counts])[0]
+    return Contest(method, rankings, problem.reweighted(refined.winner.weights), refined, loss, held_out)
+
+
+def _tell(bench: Bench, name: str) -> Any:
+    return lambda done, total, loss: bench.shows.progress(
+        done, total, f"{name}: plans evaluated, least loss {loss:.4f}"
+    )
+
+
+def _only_blocks(losses: Any, blocks: Sequence[int] | None) -> Any:
+    """The losses without those of reducing tokens in other blocks than ``blocks``."""
+    if blocks is None:
+        return losses
+    return replace(losses, tokens=[curve if i in blocks else {} for i, curve in enumerate(losses.tokens)])
+
+
+def _target(bench: Bench) -> Any:
+    from vitprune.search.landing import Target
+
+    return Target(bench.profile.budget.latency_ms, bench.profile.budget.speedup)
+
+
+def _land(bench: Bench, best: Contest, folder: Path) -> Landed:
+    """Measure plans near the budget until one lands under it, or trust the table where the profile says so."""
+    from vitprune.search.counts import Counts
+    from vitprune.search.landing import Approach, land
+
+    finalists = [one.point for one in best.refined.finalists] if best.refined else []
+    if bench.profile.search.landings == 0:
+        return _trusted(bench, best)
+    first_method = next(iter(bench.token_methods()), None)
+    anchors = [(Counts.from_dict(row), found["value_ms"]) for row, found in bench.json("measure", "wholes.json")]
+    full = bench.dense.config.patches
+    anchors = [(counts, ms) for counts, ms in anchors if best.method == first_method or min(counts.patches) == full]
+    candidates = folder / "candidates"
+    landed = land(
+        best.problem,
+        _target(bench),
+        lambda counts: measure_counts(bench, counts, best.method, candidates),
+        Approach(rounds=bench.profile.search.landings),
+        first=finalists,
+        anchors=anchors,
+        true_loss=best.held_out,
+    )
+    shutil.rmtree(candidates, ignore_errors=True)
+    return landed
+
+
+def measure_counts(bench: Bench, plans: list[Counts], method: TokenMethod | None, folder: Path) -> list[Measured]:
+    """The time of each plan, interleaved; their files stay in ``folder`` for the next call."""
+    from vitprune.search.landing import Measured
+
+    from ..latency.wholes import export_whole, measure_models, slim
+
+    profile, paths = bench.profile, {}
+    folder.mkdir(exist_ok=True)
+    for number, counts in enumerate(plans):
+        name = f"plan-{canonical_sha256(counts.to_dict())[:12]}"
+        bench.shows.progress(number, 2 * len(plans), "export candidates")
+        paths[name] = export_whole(
+            slim(bench.dense, counts, method),
+            folder / f"{name}.onnx",
+            batch=profile.batch,
+            precision=profile.runtime.precision,
+            runtime=profile.runtime.name,
+        )
+    limit = profile.measure.max_seconds
+    found = measure_models(
+        paths,
+        runtimes.loader(profile),
+        batch=profile.batch,
+        relative_half_width=profile.measure.relative_half_width,
+        max_seconds=math.inf if limit is None else LANDING_SHARE * limit,
+        seed=profile.seed,
+        progress=lambda done, total, what: bench.shows.progress(total + done, 2 * total, f"time {what}"),
+    )
+    return [Measured(one.value_ms, one.low_ms, one.high_ms) for one in found]
+
+
+def _trusted(bench: Bench, best: Contest) -> Landed:
+    """The refinement's winner, by the table's word alone."""
+    from vitprune.search.landing import Landed, Measured, Row
+
+    dense_ms = best.problem.predict_ms(best.problem.dense())
+    budget_ms = _target(bench).budget_ms(dense_ms)
+    point = best.refined.winner.point if best.refined else best.problem.solve([budget_ms]).fastest
+    said = Measured(point.predicted_ms, point.predicted_ms, point.predicted_ms)
+    status: Literal["under", "unreachable"] = "under" if best.refined else "unreachable"
+    reason = "search.landings is 0: predicted by the latency table, not measured"
+    return Landed(status, Row(0, point, said), budget_ms, dense_ms, (), best.problem.table, reason)
+
+
+def _account(contest: Sequence[Contest], best: Contest, landed: Landed) -> dict[str, Any]:
+    """What the search did, for the report."""
+    tried = best.refined.tried if best.refined else ()
+    correlation = best.refined.rank_correlation if best.refined else math.nan
+    return {
+        "method": best.method.name if best.method else None,
+        "methods": {
+            one.method.name if one.method else "none": one.held_out_loss if one.refined else None for one in contest
+        },
+        "status": landed.status,
+        "reason": landed.reason,
+        "budget_ms": landed.budget_ms,
+        "dense_ms": landed.dense_ms,
+        "chosen": landed.chosen.to_dict(),
+        "measured": [row.to_dict() for row in landed.rows],
+        "evaluations": [[one.sum_loss, one.true_loss] for one in tried],
+        "rank_correlation": None if math.isnan(correlation) else correlation,
+        "held_out_loss": best.held_out_loss if best.refined else None,
+        "table": landed.table.to_dict(),
+    }

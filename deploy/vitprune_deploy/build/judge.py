@@ -1,0 +1,246 @@
+"""The last stages: what the engine is worth, through the runtime that services import, and the verdict on it."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import vitprune
+from vitprune import parts
+
+from .. import validate as checks
+from ..artifact import Manifest
+from ..backends.base import Backend
+from ..data import batches
+from ..latency.fingerprint import machine_state
+from ..runtime import Model
+from . import runtimes
+from .account import collect, limits
+from .bench import Bench, write_json
+from .make import onnx_name
+
+PACKAGES = ("numpy", "pillow", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt",
+            "tensorrt-rtx")  # fmt: skip
+
+
+def validation_settings(bench: Bench) -> dict[str, Any]:
+    """What the stage ``validate`` depends on besides earlier stages."""
+    profile = bench.profile
+    return {
+        "budget": profile.budget.model_dump(mode="json"),
+        "accuracy": profile.accuracy.model_dump(mode="json"),
+        "validation": profile.validation.model_dump(mode="json"),
+        "device": runtimes.device(profile),
+        "seed": profile.seed,
+    }
+
+
+def validate(bench: Bench, folder: Path) -> None:
+    """Accuracy on the test images and latency, dense and pruned engine side by side, and the verdict."""
+    profile, show = bench.profile, bench.shows.progress
+    tested, wanted = bench.images.test, profile.validation
+    with ExitStack() as stack:
+        models = {name: stack.enter_context(open_engine(bench, path)) for name, path in engine_files(bench).items()}
+        outputs = checks.run_models(models, tested, batch=profile.batch, threads=2, progress=show)
+        inputs = _one_batch(bench)
+        dense, pruned = checks.compare_latency(
+            models["dense"],
+            models["pruned"],
+            inputs,
+            percentile=profile.budget.percentile,
+            runs=wanted.runs,
+            max_seconds=wanted.max_seconds,
+            seed=profile.seed,
+            progress=show,
+        )
+    names = tuple(bench.class_names) if bench.class_names else None
+    accuracy = checks.compare_accuracy(
+        outputs.logits["dense"],
+        outputs.logits["pruned"],
+        outputs.labels,
+        names=names,
+        unreadable=len(tested.unreadable),
+        seed=profile.seed,
+    )
+    budget_ms = checks.budget_ms(profile.budget.latency_ms, profile.budget.speedup, dense, profile.budget.percentile)
+    memory_mb = checks.memory_mb(
+        _backend_name(bench), engine_files(bench)["pruned"], inputs,
+        threads=profile.budget.threads, options=runtimes.load_options(profile),
+    )  # fmt: skip
+    found = checks.Figures(
+        latency=pruned.percentiles.get(profile.budget.percentile),
+        samples=pruned.samples,
+        top1=accuracy.pruned.percent if accuracy.pruned else None,
+        reference_top1=_reference_top1(outputs.logits.get("reference"), outputs.labels, accuracy),
+        agreement=accuracy.agreement.percent,
+        memory_mb=memory_mb,
+        non_finite=accuracy.non_finite,
+    )
+    figures = {
+        "verdict": asdict(checks.judge(limits(bench, budget_ms), found)),
+        "budget_ms": budget_ms,
+        "accuracy": accuracy.to_dict(),
+        "reference_top1": found.reference_top1,
+        "dense_latency": checks.latency_dict(dense),
+        "pruned_latency": checks.latency_dict(pruned),
+        "dense_runs_ms": [round(ms, 4) for ms in dense.runs_ms],
+        "pruned_runs_ms": [round(ms, 4) for ms in pruned.runs_ms],
+        "memory_mb": memory_mb,
+        "size_bytes": {name: checks.size_bytes(path) for name, path in engine_files(bench).items()},
+        "machine": machine_state(),
+    }
+    write_json(folder / "figures.json", figures)
+
+
+def engine_files(bench: Bench) -> dict[str, Path]:
+    """The engines that are run: dense and pruned, and the dense model in fp32 where these are in another precision."""
+    runtime, exported = bench.profile.runtime, bench.folders["export"]
+    if runtimes.is_tensorrt(runtime.name):
+        built = {engine["model"]: bench.folders["engines"] / engine["file"] for engine in product_engines(bench)}
+        return {"dense": built["dense"], "pruned": built["model"]}
+    files = {"dense": exported / "dense.onnx", "pruned": exported / "model.onnx"}
+    return files | ({"reference": exported / "reference.onnx"} if runtime.precision != "fp32" else {})
+
+
+def product_engines(bench: Bench) -> list[dict[str, Any]]:
+    """The engines that were built in the runtime and precision of the product."""
+    wanted = (bench.profile.runtime.name, bench.profile.runtime.precision)
+    return [e for e in bench.json("engines", "engines.json") if (e["runtime"], e["precision"]) == wanted]
+
+
+def open_engine(bench: Bench, path: Path) -> Model:
+    """An engine as a service would have it."""
+    profile = bench.profile
+    kind = parts.load("vitprune_deploy.backends", _backend_name(bench), Backend)  # type: ignore[type-abstract]
+    backend = kind.load(path, threads=profile.budget.threads, options=runtimes.load_options(profile))
+    return Model(backend, bench.preprocess, bench.class_names, profile.input.batch.max)
+
+
+def _backend_name(bench: Bench) -> str:
+    return bench.profile.runtime.name.removesuffix("-rtx")
+
+
+def _one_batch(bench: Bench) -> np.ndarray:
+    """As many test images as the budget's batch has, again and again if there are fewer."""
+    count = bench.profile.batch
+    part = bench.images.test.subset(range(min(count, len(bench.images.test))))
+    pixels = np.concatenate([found for found, _ in batches(part, bench.preprocess, count)])
+    return np.resize(pixels, (count, *pixels.shape[1:]))
+
+
+def _reference_top1(logits: np.ndarray | None, labels: np.ndarray, accuracy: checks.Accuracy) -> float | None:
+    """Percent of the test images that the dense model in fp32 has right."""
+    known = labels >= 0
+    if accuracy.dense is None or not known.any():
+        return None
+    if logits is None:
+        return accuracy.dense.percent
+    return 100 * float((logits.argmax(axis=1) == labels)[known].mean())
+
+
+def report_settings(bench: Bench) -> dict[str, Any]:
+    """What the stage ``report`` depends on besides earlier stages."""
+    return {"profile": bench.profile.model_dump(mode="json"), "packages": package_versions()}
+
+
+def report(bench: Bench, folder: Path) -> None:
+    """Write the report for people and the manifest for programs."""
+    from ..report.page import render
+
+    manifest = make_manifest(bench)
+    (folder / "report.html").write_text(render(collect(bench, manifest)), encoding="utf-8")
+    manifest.write(folder)
+
+
+def make_manifest(bench: Bench) -> Manifest:
+    """The manifest, its list of files still empty: they are hashed when they are in their place."""
+    profile, found = bench.profile, bench.json("validate", "figures.json")
+    exported, searched = bench.json("export", "export.json"), bench.json("search", "search.json")
+    parity = exported["parity"][profile.runtime.precision]
+    plain = {
+        "verdict": found["verdict"]["verdict"],
+        "reasons": _reasons(found, searched),
+        "device": runtimes.device(profile),
+        "versions": package_versions(),
+        "dense": _figures(bench, found, "dense"),
+        "pruned": _figures(bench, found, "pruned") | {"predicted_latency_ms": searched["chosen"]["predicted_ms"]},
+        "budget": {
+            "latency_ms": found["budget_ms"],
+            "percentile": profile.budget.percentile,
+            "batch": profile.batch,
+            "image_size": bench.dense.config.image_size,
+        },
+        "parity": {
+            "max_abs": parity["max_abs"],
+            "top1_agreement": parity["top1_agreement"],
+            "images": parity["images"],
+            "ties": parity["ties"],
+        },
+        "engines": _engines(bench),
+        "files": {},
+        "name": profile.name,
+        "preprocess": bench.preprocess.to_dict(),
+        "classes": bench.class_names,
+        "search": {name: searched[name] for name in ("status", "reason", "method")},
+    }
+    return Manifest.model_validate(plain)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what has a say in the figures."""
+    found = {"vitprune": vitprune.__version__, "python": platform.python_version(), "platform": sys.platform}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _reasons(found: Mapping[str, Any], searched: Mapping[str, Any]) -> tuple[str, ...]:
+    """Why the verdict is what it is; and what the search says where no plan met the budget."""
+    reasons = list(found["verdict"]["reasons"])
+    if searched["status"] in ("over", "unreachable"):
+        reasons.append(searched["reason"])
+    return tuple(reasons)
+
+
+def _figures(bench: Bench, found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What the manifest says of the dense or the pruned model."""
+    from vitprune.macs import macs, params
+
+    config = bench.dense.config if name == "dense" else bench.pruned.config
+    share = found["accuracy"][name]
+    return {
+        "params": params(config),
+        "macs": macs(config),
+        "top1": share["percent"] if share else None,
+        "latency_ms": found[f"{name}_latency"],
+        "size_bytes": found["size_bytes"][name],
+    }
+
+
+def _engines(bench: Bench) -> list[dict[str, Any]]:
+    """The engine that was validated, then those that were only built."""
+    profile = bench.profile
+    product = {"runtime": profile.runtime.name, "precision": profile.runtime.precision}
+    loads = {"options": runtimes.load_options(profile), "max_batch": profile.input.batch.max}
+    entries = []
+    if not runtimes.is_tensorrt(profile.runtime.name):
+        entries.append({**product, "status": "run", "file": onnx_name(profile, profile.runtime.precision), **loads})
+    for engine in bench.json("engines", "engines.json"):
+        if engine["model"] == "model":
+            status = "run" if engine["runtime"] == profile.runtime.name else "built"
+            built = {name: engine[name] for name in ("runtime", "precision")}
+            entries.append(
+                {**built, "status": status, "file": f"engine/{engine['file']}", "max_batch": loads["max_batch"]}
+            )
+    return entries

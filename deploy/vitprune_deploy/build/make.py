@@ -1,0 +1,201 @@
+"""The stages that make the product: the slim model with its accuracy recovered, the ONNX files, the engines."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from vitprune.plan import Plan
+
+from ..artifact import canonical_sha256
+from ..profile import Profile
+from . import runtimes, training
+from .bench import Bench, load_vit, save_vit, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitprune.model.vit import Vit
+
+
+def recover_settings(bench: Bench) -> dict[str, Any]:
+    """What the stage ``recover`` depends on besides earlier stages."""
+    return {"recover": bench.profile.recover.model_dump(mode="json"), "seed": bench.profile.seed}
+
+
+def recover_accuracy(bench: Bench, folder: Path) -> None:
+    """Cut the model down to its plan, and train what is left to answer as the dense model does."""
+    import torch
+
+    slim, changed = slim_model(bench)
+    if not (bench.profile.recover.enabled and changed):
+        save_vit(slim, folder, "model")
+        write_json(folder / "recovery.json", [])
+    elif torch.cuda.device_count() > 1:
+        training.train_on(torch.cuda.device_count(), bench, slim, folder)
+    else:
+        training.train(bench, slim, folder)
+
+
+def slim_model(bench: Bench) -> tuple[Vit, bool]:
+    """The pruned model, not trained yet; and whether anything was pruned at all."""
+    from vitprune.search.losses import Rankings
+    from vitprune.surgery import dense_plan, prune
+
+    plan = Plan.from_dict(yaml.safe_load((bench.folders["search"] / "plan.yaml").read_bytes()))
+    if plan.blocks == dense_plan(bench.dense).blocks:
+        return load_vit(bench.folders["model"], "dense"), False
+    method = bench.json("search", "search.json")["method"]
+    rankings = Rankings.load(bench.folders["losses"] / (method or "none"))
+    weights = rankings.weights([len(b.heads) for b in plan.blocks], [len(b.mlp) for b in plan.blocks])
+    return prune(bench.dense, plan, weights), True
+
+
+def export_settings(bench: Bench) -> dict[str, Any]:
+    """What the stage ``export`` depends on besides earlier stages."""
+    profile = bench.profile
+    return {
+        "export": profile.export.model_dump(mode="json"),
+        "runtime": profile.runtime.name,
+        "precisions": sorted({profile.runtime.precision, *(e.precision for e in profile.runtime.also_build)}),
+        "input": profile.input.model_dump(mode="json"),
+        "parity_images": profile.validation.parity_images,
+    }
+
+
+def export(bench: Bench, folder: Path) -> None:
+    """Write the dense and the pruned model as ONNX, and compare the pruned one with torch at several shapes."""
+    from ..export.parity import check_parity
+
+    profile = bench.profile
+    model = bench.pruned
+    wanted = {"dense.onnx": (bench.dense, profile.runtime.precision)}
+    if profile.runtime.precision != "fp32":
+        wanted["reference.onnx"] = (bench.dense, "fp32")  # accuracy is judged against it
+    precisions = export_settings(bench)["precisions"]
+    wanted |= {onnx_name(profile, precision): (model, precision) for precision in precisions}
+    info = {name: _export(bench, which, folder / name, precision) for name, (which, precision) in wanted.items()}
+    parity = {}
+    for precision in precisions:
+        found = check_parity(
+            model,
+            folder / onnx_name(profile, precision),
+            parity_images(bench),
+            batches=sorted({profile.input.batch.min, profile.input.batch.opt, 3} & set(_served(profile))),
+            image_sizes=parity_sizes(profile, model.config.image_size),
+            precision=precision,
+        )
+        parity[precision] = asdict(found)
+    write_json(folder / "export.json", {"files": info, "parity": parity})
+
+
+def onnx_name(profile: Profile, precision: str) -> str:
+    """The name of the pruned model's ONNX file: the product's own precision needs no mention."""
+    return "model.onnx" if precision == profile.runtime.precision else f"model.{precision}.onnx"
+
+
+def parity_images(bench: Bench) -> Tensor:
+    """Images on which the exported file and torch are compared: of the test part."""
+    import torch
+
+    from ..data import batches
+
+    count = min(bench.profile.validation.parity_images, len(bench.images.test))
+    part = bench.images.test.subset(range(count))
+    return torch.cat([torch.from_numpy(pixels) for pixels, _ in batches(part, bench.preprocess, 64)])
+
+
+def parity_sizes(profile: Profile, image_size: tuple[int, int]) -> list[tuple[int, int]]:
+    """The image sizes to compare at: the model's own, and the ends of what is dynamic."""
+    sides = [profile.input.dynamic_height, profile.input.dynamic_width]
+    if not any(sides):
+        return [image_size]
+    least = tuple(side.min if side else size for side, size in zip(sides, image_size, strict=True))
+    most = tuple(side.max if side else size for side, size in zip(sides, image_size, strict=True))
+    return [image_size, least, most]  # type: ignore[list-item]
+
+
+def engine_settings(bench: Bench) -> dict[str, Any]:
+    """What the stage ``engines`` depends on besides the export: which are wanted, and what can be built here."""
+    runtime = bench.profile.runtime
+    return {
+        "runtime": runtime.model_dump(mode="json"),
+        "compute_capability": bench.profile.device.compute_capability,
+        "here": [engine.name for engine in runtime.also_build if _installed(engine.name)],
+        "device": runtimes.device(bench.profile) if runtimes.is_tensorrt(runtime.name) else None,
+    }
+
+
+def build_engines(bench: Bench, folder: Path) -> None:
+    """Build the product's own engine where its runtime needs one, and the further ones whose package is here."""
+    from ..backends.tensorrt import build_engine
+
+    profile, found = bench.profile, []
+    config = bench.pruned.config
+    if runtimes.is_tensorrt(profile.runtime.name):
+        wanted = [("dense", profile.runtime.name, profile.runtime.precision, "dense.onnx")]
+        wanted += [("model", profile.runtime.name, profile.runtime.precision, "model.onnx")]
+    else:
+        wanted = []
+    for engine in profile.runtime.also_build:
+        if _installed(engine.name):
+            wanted.append(("model", engine.name, engine.precision, onnx_name(profile, engine.precision)))
+        else:
+            bench.shows.say(f"{engine.name} is not installed, so its engine is left out")
+    for number, (name, runtime, precision, onnx) in enumerate(wanted):
+        plan = f"{name}.{runtime}.{precision}.plan"
+        bench.shows.progress(number, len(wanted), plan)
+        build_engine(
+            bench.folders["export"] / onnx,
+            folder / plan,
+            runtimes.engine_options(profile, config, runtime, cache=folder / "timing.cache"),
+        )
+        found.append({"model": name, "runtime": runtime, "precision": precision, "file": plan, "status": "built"})
+    (folder / "timing.cache").unlink(missing_ok=True)
+    write_json(folder / "engines.json", found)
+
+
+def _export(bench: Bench, model: Vit, path: Path, precision: str) -> dict[str, Any]:
+    from ..export.onnx import export_onnx, metadata_json
+    from ..export.precision import opset_for
+
+    profile, config = bench.profile, model.config
+    asked = profile.export.opset
+    info = export_onnx(
+        model,
+        path,
+        batch=(profile.input.batch.min, profile.input.batch.max),
+        image_size=_sides(profile, config.image_size),
+        precision=precision,
+        opset=opset_for(precision, profile.runtime.name) if asked == "auto" else asked,
+        metadata=metadata_json(
+            base_model=profile.model.name,
+            preprocess=bench.preprocess.to_dict(),
+            tokens=[block.patches for block in config.blocks],
+            heads=[block.heads for block in config.blocks],
+            mlp=[block.mlp for block in config.blocks],
+            plan_sha256=canonical_sha256(config.to_dict()),
+        ),
+        names=("images", "logits" if config.classes else "features"),
+    )
+    return asdict(info)
+
+
+def _sides(profile: Profile, image_size: tuple[int, int]) -> Any:
+    """Height and width as ``export_onnx`` takes them."""
+    ranges = [profile.input.dynamic_height, profile.input.dynamic_width]
+    if not any(ranges):
+        return image_size
+    return tuple((r.min, r.max) if r else (size, size) for r, size in zip(ranges, image_size, strict=True))
+
+
+def _served(profile: Profile) -> range:
+    return range(profile.input.batch.min, profile.input.batch.max + 1)
+
+
+def _installed(runtime: str) -> bool:
+    return find_spec(runtimes.module(runtime)) is not None

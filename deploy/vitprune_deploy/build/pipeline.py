@@ -1,0 +1,117 @@
+"""The list of stages, and what runs them in order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import vitprune
+
+from ..console import Console
+from ..profile import Profile
+from ..stages import Stages
+from . import choose, judge, make, prepare
+from .bench import Bench
+
+log = logging.getLogger(__name__)
+
+WORK = ".work"  # in the output folder: what stages keep for the next run
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a build.
+
+    Attributes:
+        name: as progress and the work folder call it.
+        needs: earlier stages whose outputs it reads: it runs again when one of them changes.
+        outputs: files that it writes into its folder.
+        settings: what else its outputs depend on, as plain data.
+        packages: distributions whose version they depend on.
+        work: writes the outputs into the folder that it is given.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    settings: Callable[[Bench], Mapping[str, Any]]
+    packages: tuple[str, ...]
+    work: Callable[[Bench, Path], None]
+
+
+STAGES = (
+    Stage(
+        "model", (), ("dense.json", "dense.safetensors", "preprocess.json", "classes.json"),
+        prepare.model_settings, ("torch", "timm"), prepare.prepare_model,
+    ),
+    Stage("images", ("model",), ("images.json",), prepare.images_settings, (), prepare.prepare_images),
+    Stage("measure", ("model",), ("latency_table.json",), choose.table_settings, ("torch",), choose.measure),
+    Stage(
+        "losses", ("model", "images"), ("methods.json",), choose.loss_settings, ("torch",), choose.survey_losses,
+    ),
+    Stage(
+        "search", ("model", "images", "measure", "losses"), ("plan.yaml", "frontier.json", "search.json"),
+        choose.search_settings, ("torch",), choose.search,
+    ),
+    Stage(
+        "recover", ("model", "images", "losses", "search"), ("model.json", "model.safetensors", "recovery.json"),
+        make.recover_settings, ("torch",), make.recover_accuracy,
+    ),
+    Stage(
+        "export", ("model", "images", "recover"), ("model.onnx", "dense.onnx", "export.json"),
+        make.export_settings, ("torch", "onnx", "onnxscript"), make.export,
+    ),
+    Stage("engines", ("export",), ("engines.json",), make.engine_settings, (), make.build_engines),
+    Stage(
+        "validate", ("model", "images", "search", "recover", "export", "engines"), ("figures.json",),
+        judge.validation_settings, (), judge.validate,
+    ),
+    Stage(
+        "report", ("model", "images", "measure", "losses", "search", "recover", "export", "engines", "validate"),
+        ("report.html", "manifest.json"), judge.report_settings, (), judge.report,
+    ),
+)  # fmt: skip
+
+
+def run(profile: Profile, out: Path, console: Console, *, until: str | None = None, fresh: bool = False) -> Bench:
+    """Run the stages up to ``until`` (all of them if None) in ``out``; those that are done already are not repeated.
+
+    Raises:
+        VitpruneError: something is wrong with the input, the machine or the budget; what was done so far is kept.
+    """
+    last = [stage.name for stage in STAGES].index(until) + 1 if until else len(STAGES)
+    bench = Bench(profile, console, out / WORK)
+    hashes: dict[str, str] = {}
+    with Stages(out / WORK) as stages:
+        if fresh:
+            stages.forget()
+        for number, stage in enumerate(STAGES[:last], start=1):
+            key = {
+                "vitprune": vitprune.__version__,
+                "needs": {name: hashes[name] for name in stage.needs},
+                "settings": dict(stage.settings(bench)),
+                "versions": _versions(stage.packages),
+            }
+            done = stages.find(stage.name, key)
+            if done is None:
+                with console.stage(stage.name, number, last):
+                    done = stages.run(stage.name, key, stage.outputs, partial(stage.work, bench))
+            else:
+                log.info("%s: done before, nothing it depends on has changed", stage.name)
+            bench.folders[stage.name], hashes[stage.name] = done.folder, done.sha256
+    return bench
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found

@@ -1,0 +1,100 @@
+"""The first stages: the model to prune in our own form, and its images in three disjoint parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vitprune.errors import InputError
+
+from ..artifact import canonical_sha256, sha256_file
+from ..data import ImageSet, Preprocess
+from ..profile import Profile
+from .bench import Bench, save_vit, write_json
+
+
+def model_settings(bench: Bench) -> dict[str, Any]:
+    """What the stage ``model`` depends on."""
+    profile = bench.profile
+    checkpoint = profile.model.checkpoint
+    return {
+        "model": profile.model.model_dump(mode="json"),
+        "seed": profile.seed if checkpoint is None and not profile.model.pretrained else None,
+        "checkpoint": sha256_file(Path(checkpoint)) if checkpoint else None,
+        "image_size": profile.image_size,
+        "dynamic": is_dynamic(profile),
+        "preprocess": profile.data.preprocess.model_dump(mode="json"),
+    }
+
+
+def prepare_model(bench: Bench, folder: Path) -> None:
+    """Convert the model, with its image size set to the budget's, and write down how its images are preprocessed."""
+    import torch
+
+    from vitprune.model.timm import from_timm
+
+    profile = bench.profile
+    torch.manual_seed(profile.seed)  # where there are no weights, random ones must be the same in every run
+    arguments: dict[str, Any] = dict(profile.model.args)
+    if profile.image_size is not None:
+        arguments["img_size"] = profile.image_size
+    checkpoint = Path(profile.model.checkpoint) if profile.model.checkpoint else None
+    found = from_timm(profile.model.name, checkpoint=checkpoint, pretrained=profile.model.pretrained, **arguments)
+    model = found.model
+    if is_dynamic(profile):
+        model.config = replace(model.config, dynamic_image_size=True)
+    save_vit(model, folder, "dense")
+    write_json(folder / "preprocess.json", _preprocess(found.data, model.config.image_size, profile).to_dict())
+    write_json(folder / "classes.json", _class_names(profile, model.config.classes) or found.classes)
+
+
+def is_dynamic(profile: Profile) -> bool:
+    """Whether the engine must take images of several sizes."""
+    return profile.input.dynamic_height is not None or profile.input.dynamic_width is not None
+
+
+def _preprocess(data: Mapping[str, Any], image_size: tuple[int, int], profile: Profile) -> Preprocess:
+    """timm's data config, with what the profile says in place of it."""
+    given = profile.data.preprocess.model_dump(exclude_none=True)
+    return Preprocess.from_dict({**data, **given}).at(*image_size)
+
+
+def _class_names(profile: Profile, outputs: int) -> list[str] | None:
+    """The names that the profile gives the model's outputs."""
+    given = profile.model.classes
+    if given is None:
+        return None
+    if isinstance(given, tuple):
+        names, where = list(given), "model.classes"
+    else:
+        where = str(given)
+        names = [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if len(names) != outputs:
+        raise InputError(f"{where} names {len(names)} classes, the model has {outputs} outputs")
+    return names
+
+
+def images_settings(bench: Bench) -> dict[str, Any]:
+    """What the stage ``images`` depends on: the very images, so they are listed (not decoded) in every build."""
+    return {"parts": {name: _summary(part) for name, part in bench.images._asdict().items()}}
+
+
+def prepare_images(bench: Bench, folder: Path) -> None:
+    """Write down which images each part holds."""
+    write_json(folder / "images.json", images_settings(bench)["parts"])
+
+
+def _summary(part: ImageSet) -> dict[str, Any]:
+    """How many images, where from, and a hash over their names and sizes, and over an archive's bytes."""
+    listed = [[part.name(i), part.size_bytes(i)] for i in range(len(part))]
+    where = Path(part.where)
+    archive = next((path for path in (where, *where.parents) if path.is_file()), None)
+    return {
+        "where": part.where,
+        "images": len(part),
+        "labelled": part.labels is not None,
+        "listed_sha256": canonical_sha256(listed),
+        "archive_sha256": sha256_file(archive) if archive else None,
+    }

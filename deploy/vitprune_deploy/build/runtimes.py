@@ -1,0 +1,121 @@
+"""From a profile to the runtime that it names: how exported files are loaded, and on what device that is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..backends.base import Backend
+from ..latency.fingerprint import device_fingerprint
+from ..profile import Profile
+
+if TYPE_CHECKING:
+    from vitprune.model.config import VitConfig
+
+    from ..backends.tensorrt import EngineOptions
+    from ..latency.wholes import Loader
+
+
+def is_tensorrt(name: str) -> bool:
+    """Whether the runtime ``name`` of a profile is TensorRT or TensorRT-RTX."""
+    return name.startswith("tensorrt")
+
+
+def module(name: str) -> str:
+    """The Python module of the TensorRT that a profile calls ``name``."""
+    return name.replace("-", "_")
+
+
+def loader(profile: Profile) -> Loader:
+    """What brings an exported file into the profile's runtime; for TensorRT it builds an engine first.
+
+    Raises:
+        MissingError: when called, if the runtime or its device is not here.
+    """
+    runtime, threads = profile.runtime, profile.budget.threads
+    if not is_tensorrt(runtime.name):
+        from ..latency.wholes import onnxruntime_loader
+
+        return onnxruntime_loader(threads, load_options(profile))
+
+    def load(path: Path, sizes: Mapping[str, int]) -> Backend:
+        from ..backends.tensorrt import TensorRT, build_engine
+
+        plan = path.with_name(f"{path.stem}-{'-'.join(map(str, sizes.values()))}.plan")
+        build_engine(path, plan, _fixed(path, sizes, profile))
+        return TensorRT.load(plan, threads=threads, options=load_options(profile))
+
+    return load
+
+
+def load_options(profile: Profile) -> dict[str, Any]:
+    """Options of ``Backend.load`` for the profile's runtime."""
+    if is_tensorrt(profile.runtime.name):
+        return {"cuda": profile.runtime.cuda}
+    return {"provider": profile.runtime.provider, "provider_options": dict(profile.runtime.options)}
+
+
+def device(profile: Profile) -> dict[str, Any]:
+    """The fingerprint of this machine with the profile's runtime on it."""
+    name = "tensorrt" if is_tensorrt(profile.runtime.name) else profile.runtime.name
+    provider = name if is_tensorrt(profile.runtime.name) else profile.runtime.provider
+    return device_fingerprint(f"{name} {_version(profile.runtime.name)}", provider, profile.budget.threads)
+
+
+def engine_options(profile: Profile, config: VitConfig, runtime: str, cache: Path | None = None) -> EngineOptions:
+    """How the engine of the shipped model is built: the shapes of the profile's input section."""
+    from ..backends.tensorrt import EngineOptions, Shapes
+
+    batch, (height, width) = profile.input.batch, config.image_size
+    sides = [profile.input.dynamic_height, profile.input.dynamic_width]
+    least = [side.min if side else size for side, size in zip(sides, (height, width), strict=True)]
+    most = [side.max if side else size for side, size in zip(sides, (height, width), strict=True)]
+    images = Shapes(
+        min=(batch.min, config.channels, *least),
+        opt=(batch.opt, config.channels, height, width),
+        max=(batch.max, config.channels, *most),
+    )
+    capabilities = profile.runtime.compute_capabilities
+    if not capabilities and profile.device.compute_capability and runtime == "tensorrt-rtx":
+        capabilities = (profile.device.compute_capability,)
+    return EngineOptions(
+        profiles=({"images": images},),
+        module=module(runtime),
+        compute_capabilities=capabilities,
+        timing_cache=cache,
+        timeout_s=profile.runtime.build_timeout_s,
+    )
+
+
+def _fixed(path: Path, sizes: Mapping[str, int], profile: Profile) -> EngineOptions:
+    """Options for one of the files that are only timed: every axis has one size."""
+    import onnx
+
+    from ..backends.tensorrt import EngineOptions, Shapes
+
+    shapes = {}
+    for value in onnx.load(str(path), load_external_data=False).graph.input:
+        dims = value.type.tensor_type.shape.dim
+        shape = tuple(sizes[d.dim_param] if d.dim_param else d.dim_value for d in dims)
+        shapes[value.name] = Shapes(shape, shape, shape)
+    base = EngineOptions(profiles=(shapes,), module=module(profile.runtime.name))
+    return replace(base, timeout_s=profile.runtime.build_timeout_s, timing_cache=path.parent / "timing.cache")
+
+
+def _version(name: str) -> str:
+    """The version of the runtime's package, whichever distribution brought it; 'none' where there is none."""
+    if not is_tensorrt(name):
+        from ..backends.onnxruntime import DISTRIBUTIONS
+
+        candidates: tuple[str, ...] = DISTRIBUTIONS
+    else:
+        candidates = (name, f"{name}-cu13", f"{name}-cu12", name.replace("-", "_"))
+    for candidate in candidates:
+        try:
+            return version(candidate)
+        except PackageNotFoundError:
+            continue
+    return "none"

@@ -1,0 +1,102 @@
+"""Recovery training: in this process, or in one process for each GPU where there are several.
+
+With several, torchrun starts this file once for each, and accelerate shares the work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from vitprune.errors import VitpruneError
+
+from ..console import Console
+from ..data import Augmented
+from ..profile import load_profile
+from .bench import Bench, load_vit, save_vit, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitprune.model.vit import Vit
+
+IN_THE_PROCESS = 50_000  # more images than this are decoded by processes of their own
+
+
+def train(bench: Bench, slim: Vit, folder: Path) -> None:
+    """Train ``slim`` as the profile says, and write it with the losses on the way into ``folder``."""
+    from accelerate import PartialState
+
+    from vitprune.recover import RecoverSettings, recover
+
+    wanted = bench.profile.recover
+    found = recover(
+        slim,
+        bench.dense,
+        lambda epoch: batches(bench, epoch),
+        bench.holdout_images,
+        RecoverSettings(wanted.max_steps, wanted.max_seconds, wanted.lr, seed=bench.profile.seed),
+        progress=bench.shows.progress,
+        checkpoint=bench.work / "recovery.pt",
+    )
+    if PartialState().is_main_process:
+        save_vit(found.model, folder, "model")
+        write_json(folder / "recovery.json", [check._asdict() for check in found.checks])
+
+
+def train_on(processes: int, bench: Bench, slim: Vit, folder: Path) -> None:
+    """The same, shared by as many processes as there are devices.
+
+    Raises:
+        VitpruneError: a process failed; its own words are on stderr.
+    """
+    save_vit(slim, folder, "slim")
+    (folder / "profile.yaml").write_text(bench.profile.to_yaml(), encoding="utf-8")
+    request = {"work": str(bench.work.absolute()), "folders": {k: str(v.absolute()) for k, v in bench.folders.items()}}
+    write_json(folder / "request.json", request)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *launch, "-m", "vitprune_deploy.build.training", str(folder)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(command, env=environment)
+    for name in ("slim.json", "slim.safetensors", "profile.yaml", "request.json"):
+        (folder / name).unlink()
+    if done.returncode:
+        raise VitpruneError(
+            f"recovery on {processes} devices failed with exit code {done.returncode}; see its words above"
+        )
+
+
+def batches(bench: Bench, epoch: int) -> Iterator[Tensor]:
+    """One pass over the recovery images, in an order that depends on the seed and the epoch."""
+    import torch
+
+    wanted = bench.profile.recover
+    images = Augmented(bench.images.recovery, bench.preprocess, seed=bench.profile.seed, augment=wanted.augment)
+    images.set_epoch(epoch)
+    loader: Any = torch.utils.data.DataLoader(
+        cast(Any, images),
+        batch_size=min(wanted.batch, len(images)),
+        shuffle=True,
+        drop_last=True,
+        generator=torch.Generator().manual_seed(bench.profile.seed + epoch),
+        num_workers=0 if len(images) < IN_THE_PROCESS else bench.profile.data.workers,
+    )
+    for pixels, _ in loader:
+        yield pixels
+
+
+def main(folder: Path) -> None:
+    """What each of several processes does."""
+    request = json.loads((folder / "request.json").read_bytes())
+    folders = {name: Path(path) for name, path in request["folders"].items()}
+    bench = Bench(load_profile(folder / "profile.yaml"), Console(quiet=True), Path(request["work"]), folders)
+    train(bench, load_vit(folder, "slim"), folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,359 @@
+"""The latency table of a model on this device: parts measured on a coarse grid, the rest filled in, then corrected."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vitprune.errors import InputError
+from vitprune.model.config import VitConfig
+from vitprune.model.vit import Vit
+from vitprune.search.counts import Counts, TokenMethod
+from vitprune.search.latency import Circumstances, LatencyTable, Levels
+from vitprune.search.latency import Pieces as Times
+
+from ..artifact import canonical_sha256
+from .fingerprint import compare, device_fingerprint, identity
+from .pieces import PieceFiles, only_block, spread
+from .protocol import ANCHOR_HALF_WIDTH, TABLE_HALF_WIDTH, Measurement, Progress, measure
+from .visits import Subject
+from .wholes import Loader, export_whole, fewest, random_counts, slim, subject
+
+MEASURED = {"tokens": 5, "heads": 4, "mlp": 4}  # levels of each that are measured, spread over all
+LONG_MS = 10.0  # a reference longer than this runs on one image
+LEAST_S = 15.0  # for the parts, and for the whole models, however long exporting took
+STEPS_FITTED = 4  # measured reductions that the fitted form needs
+FORMAT = 1  # raised when tables measured before must not be used any more
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a table is to cover, and what it is measured with.
+
+    Attributes:
+        batch: images of one call.
+        threads: of the runtime; None: it decides.
+        tokens: levels of patch tokens; all patches are one in any case.
+        heads, mlp: levels of a block's heads and MLP units; all of them are one in any case, 0 costs nothing.
+        methods: token methods whose reductions are measured; whole models use the first.
+        runtime, precision: as a profile names them.
+        seconds: time to finish in, exporting included; with less, figures get wider intervals.
+        seed: draws random plans and the order of visits.
+    """
+
+    batch: int
+    threads: int | None
+    tokens: tuple[int, ...]
+    heads: tuple[int, ...]
+    mlp: tuple[int, ...]
+    methods: tuple[TokenMethod, ...] = ()
+    runtime: str = "onnxruntime"
+    precision: str = "fp32"
+    seconds: float = 240.0
+    seed: int = 0
+
+    @property
+    def method(self) -> TokenMethod | None:
+        """The token method of whole models."""
+        return self.methods[0] if self.methods else None
+
+
+class Whole(NamedTuple):
+    """A measured whole model."""
+
+    counts: Counts
+    measurement: Measurement
+
+
+class Result(NamedTuple):
+    """What measuring a model on a device gives.
+
+    Attributes:
+        table: with its correction fitted.
+        wholes: whole models with the request's first token method; the dense one first.
+        pieces: every part that was measured, at the same speed of the machine.
+    """
+
+    table: LatencyTable
+    wholes: tuple[Whole, ...]
+    pieces: tuple[Measurement, ...]
+
+
+class _Part(NamedTuple):
+    """One part at one size: 'stem', 'head', 'attention' (perhaps with a reduction behind it) or 'mlp'."""
+
+    kind: str
+    patches: int
+    width: int = 0  # heads or units
+    sized: bool = False  # attention with the bias of token sizes
+    method: str | None = None
+    keep: int = 0  # patches that the method leaves
+
+
+def measure_table(
+    model: Vit, request: Request, load: Loader, work: Path, *, progress: Progress | None = None
+) -> Result:
+    """The table of ``model`` on this device.
+
+    Args:
+        model: the dense model, at the image size of the budget.
+        request: what to cover.
+        load: brings an exported file into the runtime.
+        work: folder for exported files; those that are there already are used again.
+        progress: told of each export and each visit.
+
+    Raises:
+        NotSupported: the blocks of the model are not alike, or a part cannot be exported.
+        InputError: the levels asked for are not the model's, or too few.
+    """
+    end = time.monotonic() + request.seconds
+    levels = make_levels(model.config, request)
+    work = work / f"{shape_key(model.config)[:12]}-{request.precision}-batch{request.batch}"
+    files = PieceFiles(model, work, request.batch, request.precision, request.runtime)
+    parts = _parts(levels, request)
+    paths = _export_parts(files, parts, _phase(progress, 0, 300))
+    plans = _anchors(levels, len(model.config.blocks), request)
+    wholes = _export_wholes(model, plans, request, work, _phase(progress, 300, 600))
+    reference, device = _reference(model, load, levels, request, work)
+    left_s = max(2 * LEAST_S, end - time.monotonic())
+    pieces = measure(
+        [_subject(part, path, load, levels) for part, path in zip(parts, paths, strict=True)],
+        reference,
+        relative_half_width=TABLE_HALF_WIDTH,
+        max_seconds=left_s / 2,
+        seed=request.seed,
+        progress=_phase(progress, 600, 800),
+    )
+    found = measure(
+        [subject(name, path, load, {}) for name, path in wholes.items()],
+        reference,
+        relative_half_width=ANCHOR_HALF_WIDTH,
+        max_seconds=max(LEAST_S, end - time.monotonic()),
+        seed=request.seed,
+        progress=_phase(progress, 800, 1000),
+    )
+    pieces = [piece.at(found[0].reference_ms) for piece in pieces]
+    times = {part: piece.value_ms for part, piece in zip(parts, pieces, strict=True)}
+    table = LatencyTable.fill(_circumstances(model.config, request, device), levels, _times(times))
+    measured = tuple(Whole(plan, one) for plan, one in zip(plans.values(), found, strict=True))
+    table = table.fit_correction([(whole.counts, whole.measurement.value_ms) for whole in measured], request.method)
+    return Result(table, measured, tuple(pieces))
+
+
+def make_levels(config: VitConfig, request: Request) -> Levels:
+    """The grid of the table that ``request`` asks for.
+
+    Raises:
+        NotSupported: the blocks of the model are not alike.
+        InputError: a level is not within the model.
+    """
+    block = only_block(config)
+    full = {"tokens": config.patches, "heads": block.heads, "mlp": block.mlp}
+    grid = {}
+    for name, most in full.items():
+        asked = {most, *getattr(request, name)} - {0}
+        if min(asked) < 1 or max(asked) > most:
+            raise InputError(f"levels of {name} must lie in 0 to {most}, got {sorted(asked)}")
+        grid[name] = tuple(sorted(asked, reverse=True))
+    width = 2 if request.precision == "fp16" else 4
+    return Levels(
+        prefix=config.prefix,
+        head_bytes=width * config.dim * 2 * (block.qk_dim + block.v_dim),
+        unit_bytes=width * config.dim * (3 if config.gated else 2),
+        **grid,
+    )
+
+
+def shape_key(config: VitConfig) -> str:
+    """Names a model's shapes, whatever its weights and classes are called: sha256 of its configuration."""
+    return canonical_sha256(config.to_dict())
+
+
+def table_key(config: VitConfig, request: Request, device: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a table depends on, as plain data: the key of a cache of tables."""
+    asked = {k: v for k, v in vars(request).items() if k not in ("methods", "seconds")}
+    return {
+        "format": FORMAT,
+        "shape": shape_key(config),
+        "device": identity(device),
+        "methods": [method.name for method in request.methods],
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in asked.items()},
+    }
+
+
+def accept(table: LatencyTable, config: VitConfig, request: Request, device: Mapping[str, Any]) -> list[str]:
+    """Warnings about a table that was measured earlier or elsewhere; empty where nothing speaks against it.
+
+    Raises:
+        InputError: it belongs to another device, model, runtime, precision, batch or image size, or lacks levels.
+    """
+    wanted = _circumstances(config, request, device)
+    for name in ("runtime", "precision", "batch", "threads", "image_size", "shape"):
+        theirs, ours = getattr(table.circumstances, name), getattr(wanted, name)
+        if theirs != ours:
+            what = "model" if name == "shape" else f"{name.replace('_', ' ')} {theirs}"
+            now = "this one" if name == "shape" else f"{ours}"
+            raise InputError(f"the latency table is for another {what}, not for {now}; measure one for it")
+    refusals, warnings = compare(table.circumstances.device, device)
+    if refusals:
+        raise InputError(f"the latency table belongs to another device: {refusals[0]}; measure one on this device")
+    levels = make_levels(config, request)
+    for name in ("tokens", "heads", "mlp"):
+        lacking = sorted(set(getattr(levels, name)) - set(getattr(table.levels, name)))
+        if lacking:
+            raise InputError(f"the latency table has no {name} level {lacking[0]}; measure it again")
+    for method in request.methods:
+        if method.name not in table.reduce:
+            raise InputError(f"the latency table has no times of {method.name}; measure it again")
+    return warnings
+
+
+def _circumstances(config: VitConfig, request: Request, device: Mapping[str, Any]) -> Circumstances:
+    return Circumstances(
+        device=dict(device),
+        runtime=request.runtime,
+        precision=request.precision,
+        batch=request.batch,
+        threads=request.threads,
+        image_size=config.image_size,
+        shape=shape_key(config),
+    )
+
+
+def _parts(levels: Levels, request: Request) -> list[_Part]:
+    """What to measure: each kind on a coarse grid of its own."""
+    tokens, heads, units = (spread(getattr(levels, name), count) for name, count in MEASURED.items())
+    found = [_Part("stem", tokens[0]), *(_Part("head", n) for n in spread(tokens, 2))]
+    found += [_Part("attention", n, h) for n in tokens for h in heads]
+    found += [_Part("mlp", n, m) for n in tokens for m in units]
+    if any(method.proportional for method in request.methods):
+        found += [_Part("attention", n, heads[0], sized=True) for n in tokens]  # what sizes add grows as n^2 h
+    for method in request.methods:
+        found += [
+            _Part("attention", n, heads[0], method.proportional, method.name, k)
+            for n, k in _steps(method, levels, tokens)
+        ]
+    return found
+
+
+def _steps(method: TokenMethod, levels: Levels, tokens: Sequence[int]) -> list[tuple[int, int]]:
+    """Reductions to measure: from each of ``tokens`` the smallest and the largest that one application can do.
+
+    Raises:
+        InputError: the levels are too far apart for the method, or too few to fit its form.
+    """
+    found = []
+    for n in tokens:
+        reachable = [k for k in levels.tokens if fewest(method, n, levels.prefix) <= k < n]
+        found += [(n, k) for k in spread(reachable, 2)] if reachable else []
+    if len(found) < min(STEPS_FITTED, len(levels.steps())):
+        raise InputError(
+            f"{method.name} can go from one of the token levels {list(levels.tokens)} to a lower one in {len(found)} "
+            f"ways only, {STEPS_FITTED} are needed; give more levels, closer to each other"
+        )
+    return found
+
+
+def _export_parts(files: PieceFiles, parts: Sequence[_Part], progress: Progress | None) -> list[Path]:
+    """The file of each part; parts that differ in token counts alone share one."""
+    paths = []
+    for number, part in enumerate(parts):
+        if part.kind == "attention":
+            paths.append(files.attention(part.width, sized=part.sized, method=part.method))
+        elif part.kind == "mlp":
+            paths.append(files.mlp(part.width))
+        else:
+            paths.append(files.stem() if part.kind == "stem" else files.head())
+        if progress:
+            progress(number + 1, len(parts), f"export {paths[-1].stem}")
+    return paths
+
+
+def _subject(part: _Part, path: Path, load: Loader, levels: Levels) -> Subject:
+    """The loaded part at its sizes."""
+    name = f"{path.stem} {part.patches}{f' to {part.keep}' if part.keep else ''}"
+    return subject(name, path, load, {"tokens": levels.prefix + part.patches, "keep": part.keep})
+
+
+def _anchors(levels: Levels, depth: int, request: Request) -> dict[str, Counts]:
+    """Whole models that tell a, b and kappa apart: many or few weights, much or little work on them."""
+    patches, heads, units = levels.tokens[0], levels.heads[0], levels.mlp[0]
+    third = [min(found, key=lambda level: abs(level - found[0] / 3)) for found in (levels.heads, levels.mlp)]
+    rng = np.random.default_rng(request.seed)
+    half = depth - depth // 2
+    anchors = {
+        "dense": Counts.dense([heads] * depth, [units] * depth, patches),
+        "narrow": Counts.dense([third[0]] * depth, [third[1]] * depth, patches),
+    }
+    low = min((n for n in levels.tokens if n >= fewest(request.method, patches, levels.prefix)), default=patches)
+    if low < patches:
+        anchors["early"] = Counts((heads,) * depth, (units,) * depth, (low,) * depth)
+    else:
+        anchors["shallow"] = Counts.dense(
+            [heads] * half + [0] * (depth - half), [units] * half + [0] * (depth - half), patches
+        )
+    anchors["random"] = random_counts(levels, depth, request.method, rng)
+    different = {counts: name for name, counts in reversed(anchors.items())}
+    return {name: counts for counts, name in reversed(different.items())}
+
+
+def _export_wholes(
+    model: Vit, plans: Mapping[str, Counts], request: Request, work: Path, progress: Progress | None
+) -> dict[str, Path]:
+    paths = {}
+    for number, (name, counts) in enumerate(plans.items()):
+        paths[name] = export_whole(
+            slim(model, counts, request.method),
+            work / f"{name}-{canonical_sha256(counts.to_dict())[:12]}.onnx",
+            batch=request.batch,
+            precision=request.precision,
+            runtime=request.runtime,
+        )
+        if progress:
+            progress(number + 1, len(plans), f"export {name}")
+    return paths
+
+
+def _reference(
+    model: Vit, load: Loader, levels: Levels, request: Request, work: Path
+) -> tuple[Subject, dict[str, Any]]:
+    """A whole block as the reference of all, on one image where a batch takes long; and what runs it where."""
+    sizes = {"tokens": levels.prefix + levels.tokens[0]}
+    for batch in dict.fromkeys([request.batch, 1]):
+        files = PieceFiles(model, work / f"reference{batch}", batch, request.precision, request.runtime)
+        path = files.whole_block()
+        reference = subject("reference", path, load, sizes)
+        if min(reference.run() for _ in range(3)) <= LONG_MS:
+            break
+    with load(path, sizes) as loaded:
+        return reference, device_fingerprint(loaded.runtime, loaded.provider, request.threads)
+
+
+def _times(times: Mapping[_Part, float]) -> Times:
+    """The measured parts as the table's type takes them; reductions as differences."""
+    plain = {part: ms for part, ms in times.items() if part.kind == "attention" and part.method is None}
+    reduce: dict[str, dict[tuple[int, int], float]] = {}
+    for part, ms in times.items():
+        if part.method is not None:
+            without = plain[part._replace(method=None, keep=0)]
+            reduce.setdefault(part.method, {})[part.patches, part.keep] = ms - without
+    return Times(
+        attn={(part.patches, part.width): ms for part, ms in plain.items() if not part.sized},
+        mlp={(part.patches, part.width): ms for part, ms in times.items() if part.kind == "mlp"},
+        stem_ms=next(ms for part, ms in times.items() if part.kind == "stem"),
+        head={part.patches: ms for part, ms in times.items() if part.kind == "head"},
+        attn_sized={(part.patches, part.width): ms for part, ms in plain.items() if part.sized},
+        reduce=reduce,
+    )
+
+
+def _phase(progress: Progress | None, start: int, end: int) -> Progress | None:
+    """Progress of one phase as a part of the whole, which is 1000 steps long."""
+    if progress is None:
+        return None
+    return lambda done, total, what: progress(start + (end - start) * done // max(1, total), 1000, what)

@@ -1,0 +1,139 @@
+"""Visits: a few samples of a subject between runs of a fixed reference, behind the scheduler's gate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..backends.base import Backend
+from .gate import Machine
+
+GATE = 0.005  # share of a sample that our threads may have waited for a processor
+SAMPLE_MS = 2.0  # shorter runs are timed several at a time: calling and reading the counter take microseconds
+WARM_BELOW_MS = 50.0  # longer runs stream more weights than a cache holds, and need no warm-up run
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        name: how reports call it.
+        run: runs it once and returns the milliseconds that this took.
+        threads: kernel ids of the threads that work for it besides the caller, for the gate.
+    """
+
+    name: str
+    run: Callable[[], float]
+    threads: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, model: Backend, feed: Mapping[str, np.ndarray]) -> Subject:
+        """A loaded model that runs on ``feed`` again and again."""
+        return cls(name, model.bind(feed), tuple(model.thread_ids()))
+
+
+@dataclass
+class Track:
+    """What is known of one subject so far.
+
+    Attributes:
+        runs_ms: accepted samples as the clock gave them.
+        visits: for each visit that counted, its accepted samples over the reference runs around it.
+        accepted, rejected: samples that the gate let pass, and that it did not.
+        visit_s: seconds that the last visit took, with the reference.
+    """
+
+    subject: Subject
+    runs_ms: list[float] = field(default_factory=list)
+    visits: list[list[float]] = field(default_factory=list)
+    accepted: int = 0
+    rejected: int = 0
+    visit_s: float = 0.0
+    expected_ms: float = 0.0  # 0: it has never run
+
+
+class Session:
+    """All visits of one measurement: they share a reference, and a gate that may have to be given up."""
+
+    def __init__(self, reference: Subject, machine: Machine) -> None:
+        self.machine, self.gated = machine, machine.waited_ms is not None
+        self.references_ms: list[float] = []
+        self._reference = Track(reference)
+        self._waited_for_quiet = False
+        self._round = [0, 0]  # samples accepted and rejected in this round
+        self._before = self._time_reference()
+
+    def visit(self, track: Track, samples: int | None = None) -> None:
+        """Time ``track`` once more.
+
+        Args:
+            track: whose turn it is.
+            samples: single runs wanted; None: two or three samples, each long enough to be timed well.
+        """
+        start = self.machine.clock()
+        self._warm_up(track)
+        if samples is None:
+            samples = 2 if track.expected_ms > WARM_BELOW_MS else 3
+            taken = self._samples(track, samples, min(64, math.ceil(SAMPLE_MS / track.expected_ms)))
+        else:
+            taken = self._samples(track, samples, repeats=1)
+        after = self._time_reference()
+        around, self._before = self._before + after, after
+        track.visit_s = self.machine.clock() - start
+        if taken and around:  # otherwise the gate let nothing pass, and a later round brings another visit
+            scale = float(np.mean(around))
+            track.runs_ms.extend(taken)
+            track.visits.append([sample / scale for sample in taken])
+
+    def judge_gate(self, patience_s: float) -> None:
+        """After a round: where most samples were rejected, wait for quiet once, and then go on without the gate."""
+        accepted, rejected = self._round
+        self._round = [0, 0]
+        if not self.gated or rejected <= accepted:
+            return
+        if self._waited_for_quiet:
+            self.gated = False
+        else:
+            self._waited_for_quiet = True
+            self.machine.wait_for_quiet(patience_s)
+
+    def _time_reference(self) -> list[float]:
+        """Two runs of the reference: they close one visit and open the next."""
+        self._warm_up(self._reference)
+        taken = self._samples(self._reference, 2, repeats=1)
+        self.references_ms.extend(taken)
+        return taken
+
+    def _warm_up(self, track: Track) -> None:
+        """Bring the weights back into the cache; the very first run also settles what the runtime puts off."""
+        if not track.expected_ms:
+            track.subject.run()
+            track.expected_ms = max(track.subject.run(), 1e-6)
+        elif track.expected_ms < WARM_BELOW_MS:
+            track.subject.run()
+
+    def _samples(self, track: Track, wanted: int, repeats: int) -> list[float]:
+        """Up to ``wanted`` accepted samples of a visit, in milliseconds, from at most twice as many."""
+        taken: list[float] = []
+        for _ in range(2 * wanted if self.gated else wanted):
+            sample_ms, quiet = self._sample(track.subject, repeats)
+            if quiet:
+                taken.append(sample_ms)
+            track.accepted += quiet
+            track.rejected += not quiet
+            self._round[not quiet] += 1
+            if len(taken) == wanted:
+                break
+        return taken
+
+    def _sample(self, subject: Subject, repeats: int) -> tuple[float, bool]:
+        """Mean milliseconds of ``repeats`` runs, and whether nobody else ran meanwhile (taken as so without a gate)."""
+        waited = self.machine.waited_ms if self.gated else None
+        before = waited(subject.threads) if waited else 0.0
+        total_ms = sum(subject.run() for _ in range(repeats))
+        after = waited(subject.threads) if waited else 0.0
+        return total_ms / repeats, after - before <= GATE * total_ms

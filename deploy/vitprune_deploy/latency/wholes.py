@@ -1,0 +1,117 @@
+"""Whole models: made small without regard to what they compute, exported, and measured beside the dense one.
+
+Latency does not depend on the values of weights, so a model of the right shapes stands in for one that was searched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitprune.model.vit import Vit, fingerprint
+from vitprune.plan import BlockPlan, Plan
+from vitprune.search.counts import Counts, TokenMethod
+from vitprune.search.latency import Levels
+from vitprune.surgery import prune
+
+from ..backends.base import Backend
+from ..export.onnx import export_onnx
+from ..export.precision import opset_for
+from .protocol import ANCHOR_HALF_WIDTH, Measurement, Progress, measure
+from .visits import Subject
+
+Loader = Callable[[Path, Mapping[str, int]], Backend]  # an .onnx file and the sizes of its symbolic axes, by name
+
+
+def onnxruntime_loader(threads: int | None, options: Mapping[str, Any] | None = None) -> Loader:
+    """Loads files into ONNX Runtime; ``options`` as its backend knows them."""
+    from ..backends.onnxruntime import OnnxRuntime
+
+    def load(path: Path, sizes: Mapping[str, int]) -> Backend:
+        return OnnxRuntime.load(path, threads=threads, options={**(options or {}), "sizes": dict(sizes)})
+
+    return load
+
+
+def subject(name: str, path: Path, load: Loader, sizes: Mapping[str, int]) -> Subject:
+    """The model in ``path`` on inputs made up for it: ones where they are sizes or counts, noise otherwise."""
+    model = load(path, sizes)
+    rng = np.random.default_rng(0)
+    feed = {}
+    for spec in model.inputs:
+        shape = [size if isinstance(size, int) else sizes[size] for size in spec.shape]
+        noise = np.ones(shape) if spec.name in ("size", "keep") else rng.standard_normal(shape)
+        feed[spec.name] = noise.astype(spec.dtype)
+    return Subject.of(name, model, feed)
+
+
+def slim(model: Vit, counts: Counts, method: TokenMethod | None) -> Vit:
+    """``model`` with as many heads, units and tokens as ``counts`` say: the first ones of each."""
+    out = counts.patches_out(model.config.patches)
+    kept = [
+        BlockPlan(tuple(range(heads)), tuple(range(units)), patches)
+        for heads, units, patches in zip(counts.heads, counts.mlp, out, strict=True)
+    ]
+    return prune(model, Plan(fingerprint(model), model.config.patches, method.name if method else None, tuple(kept)))
+
+
+def export_whole(model: Vit, path: Path, *, batch: int, precision: str = "fp32", runtime: str = "onnxruntime") -> Path:
+    """The model as ``path``, for one batch size; a file that is there already is taken for it."""
+    if not path.is_file():
+        export_onnx(model, path, batch=batch, precision=precision, opset=opset_for(precision, runtime))
+    return path
+
+
+def random_counts(levels: Levels, depth: int, method: TokenMethod | None, rng: np.random.Generator) -> Counts:
+    """A plan drawn at random: widths block by block, and up to three blocks that reduce tokens."""
+    heads = tuple(int(rng.choice(levels.heads)) for _ in range(depth))
+    mlp = tuple(int(rng.choice(levels.mlp)) for _ in range(depth))
+    cuts = set(rng.choice(depth, size=min(3, depth), replace=False).tolist()) if method else set()
+    patches, left = [], levels.tokens[0]
+    for block in range(depth):
+        reachable = [n for n in levels.tokens if fewest(method, left, levels.prefix) <= n < left]
+        if block in cuts and reachable:
+            # the upper half of what can be reached, or three cuts would leave nothing of the rest
+            left = int(rng.choice(reachable[: math.ceil(len(reachable) / 2)]))
+        patches.append(left)
+    return Counts(heads, mlp, tuple(patches))
+
+
+def fewest(method: TokenMethod | None, patches: int, prefix: int) -> int:
+    """The fewest patches that one application leaves; all of them without a method."""
+    return patches if method is None else int(method.fewest(patches, prefix))
+
+
+def measure_models(
+    paths: Mapping[str, Path],
+    load: Loader,
+    *,
+    batch: int,
+    relative_half_width: float = ANCHOR_HALF_WIDTH,
+    max_seconds: float = math.inf,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Measurement]:
+    """One measurement for each exported model, in their order; the first is the dense one, the reference of all.
+
+    Figures are milliseconds at the speed that the machine had in this session: ``value_ms / reference_ms`` is what
+    compares with other sessions.
+    """
+    subjects = subjects_of(paths, load, batch)
+    return measure(
+        subjects,
+        subjects[0],
+        relative_half_width=relative_half_width,
+        max_seconds=max_seconds,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def subjects_of(paths: Mapping[str, Path], load: Loader, batch: int) -> Sequence[Subject]:
+    """The exported models, ready to be measured or checked (``protocol.percentiles``)."""
+    return [subject(name, path, load, {"batch": batch}) for name, path in paths.items()]

@@ -1,0 +1,238 @@
+"""What no single key shows: combinations that cannot work, each rule a function that says what is wrong and where.
+
+A rule reads what it needs from the profile and yields (key, problem). Where a key that it reads is wrong by itself,
+the rule is silent: the reader hears of that key first.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .tree import show
+
+Problem = tuple[str, str]
+Rule = Callable[[Any], Iterator[Problem]]
+
+RULES: list[Rule] = []
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # tensorrt_rtx.ComputeCapability, 1.7
+PROVIDERS = ("cpu", "cuda", "tensorrt", "openvino", "coreml", "directml")  # short for ...ExecutionProvider
+
+
+class Unknown(Exception):
+    """A rule asked for a value that is wrong by itself."""
+
+
+def problems(profile: Any) -> list[Problem]:
+    """What all rules have to say about ``profile``, or about the part of one that could be read."""
+    found: list[Problem] = []
+    for rule in RULES:
+        try:
+            found.extend(rule(profile))
+        except Unknown:
+            continue
+    return found
+
+
+def patch_size(model: Any) -> tuple[int, int] | None:
+    """Height and width of a patch as far as the arguments or the name of ``model`` tell, in pixels."""
+    given = model.args.get("patch_size")
+    if given is None:
+        named = re.search(r"_patch(\d{1,4})(?!\d)", model.name)
+        given = int(named[1]) if named else None
+    sides = given if isinstance(given, list) else [given, given]
+    if len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides):
+        return sides[0], sides[1]
+    return None
+
+
+def _rule(check: Rule) -> Rule:
+    RULES.append(check)
+    return check
+
+
+@_rule
+def _one_latency_budget(p: Any) -> Iterator[Problem]:
+    if p.budget.latency_ms is not None and p.budget.speedup is not None:
+        yield "budget.speedup", "excludes budget.latency_ms: give one of them, and null for an inherited one"
+    if p.budget.latency_ms is None and p.budget.speedup is None:
+        yield "budget", "needs latency_ms or speedup"
+
+
+@_rule
+def _some_floor(p: Any) -> Iterator[Problem]:
+    if p.accuracy.max_drop is None and p.accuracy.min_top1 is None and p.accuracy.min_agreement is None:
+        yield "accuracy", "needs max_drop, min_top1 or min_agreement"
+
+
+@_rule
+def _floors_have_labels(p: Any) -> Iterator[Problem]:
+    for key in ("max_drop", "min_top1"):
+        if getattr(p.accuracy, key) is not None and p.data.labelled is False:
+            yield f"accuracy.{key}", "needs labels, and data.labelled is false; use accuracy.min_agreement"
+
+
+@_rule
+def _batches_ascend(p: Any) -> Iterator[Problem]:
+    batch = p.input.batch
+    if not batch.min <= batch.opt <= batch.max:
+        yield "input.batch", f"must ascend, got min {batch.min}, opt {batch.opt}, max {batch.max}"
+
+
+@_rule
+def _budget_batch_is_served(p: Any) -> Iterator[Problem]:
+    batch = p.input.batch
+    if p.budget.batch is not None and not batch.min <= p.budget.batch <= batch.max:
+        yield "budget.batch", f"must lie in input.batch, {batch.min}..{batch.max}, got {p.budget.batch}"
+
+
+@_rule
+def _sizes_are_served(p: Any) -> Iterator[Problem]:
+    for key, size in (("input.image_size", p.input.image_size), ("budget.image_size", p.budget.image_size)):
+        if size is None:
+            continue
+        for side, pixels, fixed in zip(("height", "width"), size, p.input.image_size or (None, None), strict=True):
+            sizes = getattr(p.input, f"dynamic_{side}")
+            if sizes is None and fixed is not None and pixels != fixed:
+                yield (
+                    key,
+                    f"has {side} {pixels}, but input.image_size has {fixed}; allow both with input.dynamic_{side}",
+                )
+            if sizes is not None and not (sizes.min <= pixels <= sizes.max and pixels % sizes.step == 0):
+                wish = f"a multiple of {sizes.step} in {sizes.min}..{sizes.max} (input.dynamic_{side})"
+                yield key, f"{side} must be {wish}, got {pixels}"
+
+
+@_rule
+def _ranges_ascend(p: Any) -> Iterator[Problem]:
+    for side in ("height", "width"):
+        sizes = getattr(p.input, f"dynamic_{side}")
+        if sizes is not None and sizes.min > sizes.max:
+            yield f"input.dynamic_{side}", f"must ascend, got min {sizes.min}, max {sizes.max}"
+        for end in ("min", "max") if sizes is not None else ():
+            if getattr(sizes, end) % sizes.step:
+                yield f"input.dynamic_{side}.{end}", f"must be a multiple of {sizes.step}, got {getattr(sizes, end)}"
+
+
+@_rule
+def _patches_fill_the_image(p: Any) -> Iterator[Problem]:
+    patch = patch_size(p.model)
+    if patch is None:
+        return
+    given = p.model.args.get("img_size")
+    sizes = {"input.image_size": p.input.image_size, "budget.image_size": p.budget.image_size}
+    if isinstance(given, int) and not isinstance(given, bool):
+        sizes["model.args"] = (given, given)
+    for key, size in sizes.items():
+        if size is not None and (size[0] % patch[0] or size[1] % patch[1]):
+            yield key, f"must be whole patches of {patch[0]} x {patch[1]} pixels, got {size[0]} x {size[1]}"
+    for side, length in zip(("height", "width"), patch, strict=True):
+        sizes_of_side = getattr(p.input, f"dynamic_{side}")
+        if sizes_of_side is not None and sizes_of_side.step % length:
+            yield (
+                f"input.dynamic_{side}.step",
+                f"must be a multiple of the patch size {length}, got {sizes_of_side.step}",
+            )
+
+
+@_rule
+def _provider_is_known(p: Any) -> Iterator[Problem]:
+    name = p.runtime.provider
+    if p.runtime.name == "onnxruntime" and name not in PROVIDERS and not name.endswith("ExecutionProvider"):
+        known = ", ".join(PROVIDERS)
+        yield "runtime.provider", f"must be one of {known}, or end in ExecutionProvider, got {show(name)}"
+    if p.runtime.name != "onnxruntime" and name != "cpu":
+        yield "runtime.provider", f"belongs to onnxruntime, and runtime.name is {p.runtime.name}"
+
+
+@_rule
+def _half_precision_pays(p: Any) -> Iterator[Problem]:
+    cpu = p.runtime.name == "onnxruntime" and p.runtime.provider in {"cpu", "CPUExecutionProvider"}
+    if cpu and p.runtime.precision == "fp16":
+        yield (
+            "runtime.precision",
+            "fp16 is slower than fp32 on onnxruntime's CPU provider (it computes in fp32); use fp32",
+        )
+
+
+@_rule
+def _rtx_serves_the_gpu(p: Any) -> Iterator[Problem]:
+    served = f"TensorRT-RTX serves compute capabilities {', '.join(RTX_CAPABILITIES)}"
+    if p.runtime.name == "tensorrt-rtx" and p.device.compute_capability not in {None, *RTX_CAPABILITIES}:
+        yield "runtime.name", f"{served}, and the device has {p.device.compute_capability}; use tensorrt"
+    for capability in p.runtime.compute_capabilities:
+        if capability not in RTX_CAPABILITIES:
+            yield "runtime.compute_capabilities", f"{served}, got {capability}"
+    engines = [p.runtime.name, *(engine.name for engine in p.runtime.also_build)]
+    if p.runtime.compute_capabilities and "tensorrt-rtx" not in engines:
+        yield "runtime.compute_capabilities", "only TensorRT-RTX builds for other GPUs than the one at hand"
+
+
+@_rule
+def _cuda_library_is_used(p: Any) -> Iterator[Problem]:
+    if p.runtime.cuda != "auto" and p.runtime.name == "onnxruntime":
+        yield "runtime.cuda", "belongs to TensorRT; onnxruntime holds its buffers itself"
+
+
+@_rule
+def _device_has_the_runtime(p: Any) -> Iterator[Problem]:
+    if p.device.runtimes and p.runtime.name not in p.device.runtimes:
+        device = show(p.device.name) if p.device.name else "the device"
+        yield "runtime.name", f"{device} has {', '.join(p.device.runtimes)}, got {p.runtime.name}"
+
+
+@_rule
+def _memory_is_there(p: Any) -> Iterator[Problem]:
+    if None not in (p.budget.memory_mb, p.device.memory_mb) and p.budget.memory_mb > p.device.memory_mb:
+        yield "budget.memory_mb", f"exceeds device.memory_mb, {p.device.memory_mb}, got {p.budget.memory_mb}"
+
+
+@_rule
+def _percentile_has_samples(p: Any) -> Iterator[Problem]:
+    beyond = p.validation.runs * (100 - p.budget.percentile) / 100
+    if beyond < 10:  # fewer samples beyond a quantile leave it undetermined
+        needed = math.ceil(1000 / (100 - p.budget.percentile))
+        yield "validation.runs", f"must be at least {needed} for the {p.budget.percentile}th percentile"
+
+
+@_rule
+def _calibration_suffices(p: Any) -> Iterator[Problem]:
+    images, needed = p.data.calibration.images, p.search.probe_images + p.search.holdout_images
+    if images is not None and images < needed:
+        yield (
+            "data.calibration.images",
+            (f"must be at least search.probe_images + search.holdout_images, {needed}, got {images}"),
+        )
+
+
+@_rule
+def _every_part_has_a_source(p: Any) -> Iterator[Problem]:
+    if p.data.source is None:
+        for part in ("calibration", "recovery", "test"):
+            if getattr(p.data, part).source is None:
+                yield f"data.{part}", "has no source: give data.source, or one of its own"
+
+
+@_rule
+def _readers_have_a_name(p: Any) -> Iterator[Problem]:
+    sources = [p.data.source, p.data.calibration.source, p.data.recovery.source, p.data.test.source]
+    if "timm:" in sources:
+        yield "data.source", "names no reader behind timm:, such as timm:torch/cifar10"
+    if p.data.root is not None and not any(source and source.startswith("timm:") for source in sources):
+        yield "data.root", "belongs to a timm: reader, and no source is one"
+
+
+@_rule
+def _means_match_deviations(p: Any) -> Iterator[Problem]:
+    mean, std = p.data.preprocess.mean, p.data.preprocess.std
+    if mean is not None and std is not None and len(mean) != len(std):
+        yield "data.preprocess.std", f"must have as many values as mean, {len(mean)}, got {len(std)}"
+
+
+@_rule
+def _something_may_be_pruned(p: Any) -> Iterator[Problem]:
+    prune = p.prune
+    if prune.tokens.method == "none" and not (prune.heads.enabled or prune.mlp.enabled or prune.depth.enabled):
+        yield "prune", "allows nothing: enable tokens, heads, mlp or depth"

@@ -1,0 +1,126 @@
+"""Sample images with what is left of them after each block that reduces tokens, as small PNG data URIs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from .facts import Frame, Picture
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitprune.model.vit import Vit
+
+MOST_FRAMES = 7  # blocks shown of one image
+MOST_BYTES = 1_800_000  # of all pictures together
+SIDE = 168  # pixels to which a smaller image is enlarged; larger ones are made smaller than twice that
+COLOURS = 64
+DARK = 0.2  # brightness left to a patch that no token holds
+FUSED = np.array([214.0, 96.0, 24.0])  # tint of patches that only a mixture still has a share of
+BORDER = np.array([0.0, 150.0, 255.0])
+
+
+def pictures(
+    model: Vit, images: Tensor, *, mean: Sequence[float], std: Sequence[float], names: Sequence[str]
+) -> tuple[Picture, ...]:
+    """One picture for each of the normalised ``images`` [B, channels, height, width], as many as fit ``MOST_BYTES``.
+
+    Empty where the model reduces no tokens.
+
+    Args:
+        model: the pruned model, in eval mode.
+        images: of the size of the model.
+        mean, std: that the images were normalised with, by channel.
+        names: of the images, such as their classes.
+    """
+    from .survivors import survivors
+
+    maps, entering = [], model.config.patches
+    for found in survivors(model, images):
+        if found.tokens != entering:
+            maps.append(found)
+        entering = found.tokens
+    if not maps:
+        return ()
+    shown = [maps[i] for i in np.unique(np.linspace(0, len(maps) - 1, MOST_FRAMES).round().astype(int))]
+    patch, total = model.config.patch_size, model.config.patches
+    drawn: list[Picture] = []
+    for number, (image, name) in enumerate(zip(images.float().cpu().numpy(), names, strict=True)):
+        pixels = _pixels(image, mean, std)
+        frames = [Frame("the image, as the model gets it", data_uri(pixels))]
+        for one in shown:
+            caption = f"after block {one.block}: {one.tokens} of {total} tokens"
+            left = draw(pixels, one.holder[number], one.fused[number], patch)
+            frames.append(Frame(caption, data_uri(left)))
+        drawn.append(Picture(name, tuple(frames)))
+        if sum(len(frame.uri) for picture in drawn for frame in picture.frames) > MOST_BYTES:
+            return tuple(drawn[:-1])
+    return tuple(drawn)
+
+
+def draw(pixels: np.ndarray, holder: np.ndarray, fused: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
+    """``pixels`` [H, W, 3] of 0..255, with merged regions in their mean colour and bordered, and what is gone dark.
+
+    Args:
+        holder, fused: [P], as in ``survivors.BlockMap``.
+        patch: height and width of a patch, in pixels.
+    """
+    scale = max(1, math.ceil(SIDE / max(pixels.shape[:2])))
+    high, wide = (side * scale for side in patch)
+    rows, columns = pixels.shape[0] // patch[0], pixels.shape[1] // patch[1]
+
+    def spread(of_patch: np.ndarray) -> np.ndarray:
+        return of_patch.reshape(rows, columns).repeat(high, axis=0).repeat(wide, axis=1)
+
+    image = pixels.repeat(scale, axis=0).repeat(scale, axis=1).astype(float)[: rows * high, : columns * wide]
+    token, merged = spread(holder), spread(_merged(holder))
+    places = np.where(merged, token + 1, 0)
+    count = np.maximum(np.bincount(places.ravel()), 1)
+    means = np.stack([np.bincount(places.ravel(), image[..., c].ravel()) / count for c in range(3)], axis=-1)
+    image = np.where(merged[..., None], means[places], image)
+    image = np.where((token < 0)[..., None], image * DARK, image)
+    image = np.where(spread(fused)[..., None], 0.7 * image + 0.3 * FUSED, image)
+    return np.where(_borders(token, merged)[..., None], 0.15 * image + 0.85 * BORDER, image).astype(np.uint8)
+
+
+def data_uri(pixels: np.ndarray) -> str:
+    """``pixels`` [H, W, 3] as a PNG of few colours, between ``SIDE`` and twice that in size."""
+    image = Image.fromarray(pixels.astype(np.uint8))
+    scale = math.ceil(SIDE / max(image.size))
+    if scale > 1:
+        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    image.thumbnail((2 * SIDE, 2 * SIDE))
+    file = io.BytesIO()
+    # the octree keeps the few pixels of borders in their colour, where median cut would give it up
+    image.quantize(COLOURS, Image.Quantize.FASTOCTREE).save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _pixels(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """A normalised image [channels, H, W] as it was, uint8 [H, W, 3]."""
+    shown = image * np.array(std)[:, None, None] + np.array(mean)[:, None, None]
+    shown = (255 * shown).clip(0, 255).round().astype(np.uint8).transpose(1, 2, 0)
+    return shown.repeat(3, axis=2) if shown.shape[2] == 1 else shown
+
+
+def _merged(holder: np.ndarray) -> np.ndarray:
+    """bool [P]: patches that share their token with another."""
+    counts = np.bincount(holder[holder >= 0], minlength=1)
+    return (holder >= 0) & (counts[holder.clip(0)] > 1)
+
+
+def _borders(token: np.ndarray, merged: np.ndarray) -> np.ndarray:
+    """Pixels at which a merged region meets another token, bool like ``token`` [H, W]."""
+    found = np.zeros(token.shape, bool)
+    across = (token[1:] != token[:-1]) & (merged[1:] | merged[:-1])
+    along = (token[:, 1:] != token[:, :-1]) & (merged[:, 1:] | merged[:, :-1])
+    found[1:] |= across
+    found[:, 1:] |= along
+    return found

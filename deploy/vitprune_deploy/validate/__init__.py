@@ -1,0 +1,26 @@
+"""What the engine is worth, through the runtime that services import: accuracy, latency, memory, and a verdict."""
+
+from __future__ import annotations
+
+from .accuracy import Accuracy, Paired, Parity, Share, compare_accuracy, compare_with_torch, run_models
+from .cost import budget_ms, compare_latency, latency_dict, memory_mb, size_bytes
+from .judge import Figures, Limits, Verdict, judge
+
+__all__ = [
+    "Accuracy",
+    "Figures",
+    "Limits",
+    "Paired",
+    "Parity",
+    "Share",
+    "Verdict",
+    "budget_ms",
+    "compare_accuracy",
+    "compare_latency",
+    "compare_with_torch",
+    "judge",
+    "latency_dict",
+    "memory_mb",
+    "run_models",
+    "size_bytes",
+]

@@ -1,0 +1,141 @@
+"""What the engines cost: latency of both, interleaved; size and memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitprune.errors import InputError
+
+from ..latency.protocol import Distribution, Progress, percentiles
+from ..latency.visits import Subject
+from ..runtime import Model
+
+PERCENTILES = (50, 90, 99)
+
+# VmHWM and not getrusage, whose peak a child inherits from its parent
+_MEMORY = """
+import json, pathlib, sys
+import numpy
+from vitprune import parts
+from vitprune_deploy.backends.base import Backend
+
+def kilobytes(key):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1])
+
+what = json.loads(sys.argv[1])
+kind = parts.load("vitprune_deploy.backends", what["backend"], Backend)
+inputs = numpy.ones(what["shape"], what["dtype"])
+try:
+    __import__(what["backend"])
+except ImportError:
+    pass
+before = kilobytes("VmRSS")
+with kind.load(pathlib.Path(what["model"]), **what["load"]) as engine:
+    for _ in range(3):
+        engine.run(inputs)
+print((kilobytes("VmHWM") - before) * 1.024)
+"""
+
+
+def compare_latency(
+    dense: Model,
+    pruned: Model,
+    inputs: np.ndarray,
+    *,
+    percentile: int = 50,
+    runs: int = 1000,
+    max_seconds: float | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Distribution, Distribution]:
+    """Single runs of both engines, interleaved, normalised by the dense one.
+
+    Args:
+        dense, pruned: the engines.
+        inputs: one batch, float32 [B, C, H, W].
+        percentile: the budget's, reported besides 50, 90 and 99.
+        runs: of each.
+        max_seconds: none is begun after this.
+        seed: of the order.
+        progress: told of visits.
+    """
+    subjects = [Subject.of(name, m.backend, {m.backend.inputs[0].name: m.as_input(inputs)})
+                for name, m in (("reference", dense), ("dense", dense), ("pruned", pruned))]  # fmt: skip
+    first, second = percentiles(
+        subjects[1:],
+        subjects[0],
+        runs=runs,
+        max_seconds=math.inf if max_seconds is None else max_seconds,
+        which=sorted({*PERCENTILES, percentile}),
+        seed=seed,
+        progress=progress,
+    )
+    return first, second
+
+
+def latency_dict(found: Distribution) -> dict[str, Any]:
+    """Plain data for the manifest: percentiles in milliseconds, their intervals, and the circumstances."""
+    numbers = sorted({*PERCENTILES, *found.percentiles})
+    values = {f"p{n}": found.percentiles[n].value_ms if n in found.percentiles else None for n in numbers}
+    return values | {
+        "samples": found.samples,
+        "intervals_ms": {f"p{n}": [p.low_ms, p.high_ms] for n, p in found.percentiles.items()},
+        "raw_ms": {f"p{n}": ms for n, ms in found.raw_ms.items()},
+        "rejected": found.rejected,
+        "gated": found.gated,
+        "reference_ms": found.reference_ms,
+        "reference_drift": found.reference_drift,
+    }
+
+
+def budget_ms(latency_ms: float | None, speedup: float | None, dense: Distribution, percentile: int) -> float:
+    """The budget in milliseconds: as given, or the dense engine's percentile over ``speedup``.
+
+    Raises:
+        InputError: neither is given, or too few runs are behind the dense engine's percentile.
+    """
+    if latency_ms is not None:
+        return latency_ms
+    if speedup is None:
+        raise InputError("budget: wanted latency_ms or speedup, got neither")
+    if percentile not in dense.percentiles:
+        raise InputError(
+            f"budget: percentile {percentile} needs more than {dense.samples} runs; raise validation.runs or "
+            "validation.max_seconds"
+        )
+    return dense.percentiles[percentile].value_ms / speedup
+
+
+def size_bytes(model: Path) -> int:
+    """Bytes of a model file and of the weights beside it (``model.onnx.data``)."""
+    return sum(file.stat().st_size for file in model.parent.glob(f"{model.name}*") if file.suffix != ".json")
+
+
+def memory_mb(backend: str, model: Path, inputs: np.ndarray, **load: Any) -> float | None:
+    """Most memory that loading and running ``model`` adds to a fresh process, in MB of 10^6 bytes; Linux only.
+
+    On a GPU it is the memory of the host.
+
+    Args:
+        backend: name of the runtime's file in ``backends``.
+        model: the model file.
+        inputs: one batch; only shape and type count.
+        load: further arguments of ``Backend.load``.
+    """
+    if not Path("/proc/self/status").exists():
+        return None
+    what = {"backend": backend, "model": str(model), "shape": inputs.shape, "dtype": inputs.dtype.name, "load": load}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [sys.executable, "-c", _MEMORY, json.dumps(what)], capture_output=True, text=True, env=environment
+    )
+    return float(done.stdout) / 1000 if done.returncode == 0 else None

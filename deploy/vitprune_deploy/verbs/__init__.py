@@ -1,0 +1,1 @@
+"""What the command's verbs do, one file each; every verb gives an ``Answer``, which ``cli`` prints."""

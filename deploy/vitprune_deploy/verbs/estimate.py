@@ -1,0 +1,108 @@
+"""About how long a build takes, from the time of a few forward passes of its model. Not a measurement."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from ..build.choose import LANDING_SHARE, sizes
+
+if TYPE_CHECKING:
+    from ..build import Bench
+
+LEAST_S, BATCH = 0.5, 8  # forward passes are timed for this long, with so many images
+EXPORT_S = 4.0  # of a model of twelve blocks, most of it tracing
+PIECES = 90  # measured points of a latency table with attention, MLP and reductions
+ROUNDS, SAMPLES = 12, 4  # visits of a piece until its interval is narrow, and runs in a visit
+CANDIDATES = 5  # models that one round of landing measures
+HALF = 0.5  # share of the blocks that a change in an average block makes run again
+TRAINING = 3.0  # a step forward and back costs this many passes forward
+ENGINE_S = 60.0  # building one
+
+
+def estimate(bench: Bench) -> dict[str, float]:
+    """Seconds by stage on this machine, not counting that others use it."""
+    profile, image_s = bench.profile, seconds_per_image(bench)
+    blocks, batch_s = len(bench.dense.config.blocks), profile.batch * image_s
+    return {
+        "measure": _measure(bench, batch_s, blocks),
+        "losses": _losses(bench, image_s, blocks),
+        "search": _search(bench, image_s, batch_s, blocks),
+        "recover": _recover(bench, image_s),
+        "export": 2 * EXPORT_S * blocks / 12 + 2 * profile.validation.parity_images * image_s,
+        "engines": ENGINE_S * len(profile.runtime.also_build),
+        "validate": _validate(bench, image_s, batch_s),
+    }
+
+
+def seconds_per_image(bench: Bench) -> float:
+    """Seconds of torch for one image, when nobody else uses the machine: the fastest of some passes."""
+    import torch
+
+    config = bench.dense.config
+    images = torch.randn(BATCH, config.channels, *config.image_size)
+    passes_s: list[float] = []
+    with torch.inference_mode():
+        bench.dense(images)
+        while sum(passes_s) < LEAST_S:
+            start = time.perf_counter()
+            bench.dense(images)
+            passes_s.append(time.perf_counter() - start)
+    return min(passes_s) / BATCH
+
+
+def duration(seconds: float) -> str:
+    """'40 s', '7 min' or '2.5 h'."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _measure(bench: Bench, batch_s: float, blocks: int) -> float:
+    """A piece is half a block, timed between runs of a reference as long as itself or longer."""
+    wanted = bench.profile.measure
+    if wanted.table is not None:
+        return 0.0
+    pieces_s = PIECES * ROUNDS * SAMPLES * 2 * batch_s / (2 * blocks)
+    seconds = pieces_s + CANDIDATES * ROUNDS * SAMPLES * 2 * batch_s + PIECES * EXPORT_S / 12
+    return min(seconds, wanted.max_seconds) if wanted.max_seconds else seconds
+
+
+def _losses(bench: Bench, image_s: float, blocks: int) -> float:
+    """Each level of each half of each block is one pass of the probes through the blocks behind it."""
+    allowed, methods = sizes(bench), bench.token_methods()
+    halves = len(allowed.heads) + len(allowed.mlp)
+    passes = blocks * (halves * max(1, len(methods)) + len(allowed.patches) * len(methods))
+    probes = bench.profile.search.probe_images
+    return image_s * (HALF * passes * probes + 2 * TRAINING * (bench.profile.data.calibration.images or 0))
+
+
+def _search(bench: Bench, image_s: float, batch_s: float, blocks: int) -> float:
+    wanted, methods, limit_s = (
+        bench.profile.search,
+        max(1, len(bench.token_methods())),
+        bench.profile.measure.max_seconds,
+    )
+    seconds = methods * wanted.evaluations * wanted.probe_images * image_s
+    if wanted.max_seconds:
+        seconds = min(seconds, methods * wanted.max_seconds)
+    timing_s = CANDIDATES * ROUNDS * SAMPLES * 2 * batch_s
+    if limit_s:
+        timing_s = min(timing_s, LANDING_SHARE * limit_s)
+    return seconds + wanted.landings * (timing_s + CANDIDATES * EXPORT_S * blocks / 12)
+
+
+def _recover(bench: Bench, image_s: float) -> float:
+    wanted, speedup = bench.profile.recover, bench.profile.budget.speedup or 1.0
+    if not wanted.enabled:
+        return 0.0
+    seconds = wanted.max_steps * wanted.batch * image_s * (1 + TRAINING / speedup)
+    return min(seconds, wanted.max_seconds) if wanted.max_seconds else seconds
+
+
+def _validate(bench: Bench, image_s: float, batch_s: float) -> float:
+    wanted = bench.profile.validation
+    timing_s = 2.5 * wanted.runs * batch_s
+    if wanted.max_seconds:
+        timing_s = min(timing_s, wanted.max_seconds)
+    return timing_s + 2 * len(bench.images.test) * image_s

@@ -1,0 +1,189 @@
+"""An output folder, validated again on this machine against its own profile."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import validate as checks
+from ..artifact import Manifest, sha256_file, verify
+from ..console import Console
+from ..data import ImageSet, batches, open_split
+from ..latency.fingerprint import compare, device_fingerprint, machine_state
+from ..latency.protocol import Distribution
+from ..profile import Profile, load_profile
+from ..runtime import Model, load
+from .answer import Answer, milliseconds, table
+
+DENSE_FILES = (".work/export-*/dense.onnx", ".work/engines-*/dense.*.plan")  # what a build keeps for its next run
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found here.
+
+    Attributes:
+        dense: latency of the dense engine; None: the folder does not hold that engine any more.
+        accuracy: of the pruned engine beside the dense one, or beside itself where there is none.
+    """
+
+    dense: Distribution | None
+    pruned: Distribution
+    accuracy: checks.Accuracy
+
+
+def validate(console: Console, folder: Path, overrides: Sequence[str]) -> Answer:
+    """Files, accuracy and latency of the engine in ``folder``; code 1 unless the verdict is 'pass'.
+
+    The dense engine is run beside it if the build's work folder still has it. Without it, the budget in milliseconds
+    and the dense top-1 are those that the build found.
+
+    Raises:
+        DamagedFile: a file is not what the manifest says.
+        InputError: there is no such folder, or its images are not where they were.
+        MissingError: the engine's runtime is not here.
+    """
+    manifest = verify(folder)
+    profile = load_profile(folder / "profile.yaml", overrides, files_exist=True)
+    with ExitStack() as stack:
+        models = _open(folder, manifest, profile, stack)
+        pruned = models["pruned"]
+        classes = json.loads((folder / "model.json").read_bytes())["classes"] or None
+        images = open_split(profile.data, class_names=pruned.classes, num_classes=classes, seed=profile.seed).test
+        with console.stage("validate", 1, 1):
+            found = _find(console, profile, models, images)
+        here = device_fingerprint(pruned.backend.runtime, pruned.backend.provider, profile.budget.threads)
+    verdict, budget_ms = _judge(profile, manifest, found)
+    differences = compare(manifest.device, here)
+    for line in (*differences[0], *differences[1]):
+        console.say(f"note: {line}")
+    data = {
+        "folder": str(folder),
+        **asdict(verdict),
+        "budget_ms": budget_ms,
+        "accuracy": found.accuracy.to_dict(),
+        "latency": {name: checks.latency_dict(one) for name, one in _latencies(found).items()},
+        "device": here,
+        "device_differences": [*differences[0], *differences[1]],
+        "machine": machine_state(),
+    }
+    text = _text(folder, manifest, found, verdict, budget_ms)
+    return Answer(text, data, 0 if verdict.verdict == "pass" else 1)
+
+
+def _open(folder: Path, manifest: Manifest, profile: Profile, stack: ExitStack) -> dict[str, Model]:
+    """The pruned engine, and the dense one where it is still there; both are closed by ``stack``."""
+    threads = profile.budget.threads
+    models = {"pruned": stack.enter_context(load(folder, threads=threads))}
+    file = _dense_file(folder, models["pruned"])
+    if file is not None:
+        pruned, extra = models["pruned"], _run_engine(manifest)
+        backend = type(pruned.backend).load(file, threads=threads, options=extra.get("options"))
+        models["dense"] = stack.enter_context(Model(backend, pruned.preprocess, pruned.classes, extra.get("max_batch")))
+    return models
+
+
+def _run_engine(manifest: Manifest) -> Mapping[str, Any]:
+    """What the manifest says beyond the usual of the engine that the build ran."""
+    return next((engine.model_extra or {} for engine in manifest.engines if engine.status == "run"), {})
+
+
+def _dense_file(folder: Path, pruned: Model) -> Path | None:
+    """The dense engine that the build made, if it is there and whole."""
+    pattern = DENSE_FILES[0] if pruned.backend.runtime.startswith("onnxruntime") else DENSE_FILES[1]
+    for file in folder.glob(pattern):
+        try:
+            sums = json.loads((file.parent / "stage.json").read_bytes())["files"]
+        except (OSError, ValueError, KeyError):
+            continue
+        beside = [name for name in sums if name.startswith(file.name)]
+        if beside and all(sha256_file(file.parent / name) == sums[name] for name in beside):
+            return file
+    return None
+
+
+def _find(console: Console, profile: Profile, models: Mapping[str, Model], images: ImageSet) -> Found:
+    wanted, pruned = profile.validation, models["pruned"]
+    dense = models.get("dense", pruned)
+    outputs = checks.run_models(models, images, batch=profile.batch, threads=2, progress=console.progress)
+    first, second = checks.compare_latency(
+        dense,
+        pruned,
+        _one_batch(images, pruned, profile.batch),
+        percentile=profile.budget.percentile,
+        runs=wanted.runs,
+        max_seconds=wanted.max_seconds,
+        seed=profile.seed,
+        progress=console.progress,
+    )
+    accuracy = checks.compare_accuracy(
+        outputs.logits.get("dense", outputs.logits["pruned"]),
+        outputs.logits["pruned"],
+        outputs.labels,
+        names=pruned.classes,
+        unreadable=len(images.unreadable),
+        seed=profile.seed,
+    )
+    return Found(first if "dense" in models else None, second, accuracy)
+
+
+def _one_batch(images: ImageSet, model: Model, batch: int) -> np.ndarray:
+    """As many images as the batch has, again and again if there are fewer."""
+    few = images.subset(range(min(batch, len(images))))
+    pixels = np.concatenate([found for found, _ in batches(few, model.preprocess, batch)])
+    return np.resize(pixels, (batch, *pixels.shape[1:]))
+
+
+def _judge(profile: Profile, manifest: Manifest, found: Found) -> tuple[checks.Verdict, float]:
+    """The verdict, and the budget in milliseconds that it was judged by."""
+    budget, accuracy, floors = profile.budget, found.accuracy, profile.accuracy
+    budget_ms = manifest.budget.latency_ms
+    if found.dense is not None:
+        budget_ms = checks.budget_ms(budget.latency_ms, budget.speedup, found.dense, budget.percentile)
+    beside_fp32 = found.dense is not None and profile.runtime.precision == "fp32" and accuracy.dense is not None
+    limits = checks.Limits(
+        latency_ms=budget_ms,
+        percentile=budget.percentile,
+        max_drop=floors.max_drop,
+        min_top1=floors.min_top1,
+        min_agreement=floors.min_agreement,
+    )
+    figures = checks.Figures(
+        latency=found.pruned.percentiles.get(budget.percentile),
+        samples=found.pruned.samples,
+        top1=accuracy.pruned.percent if accuracy.pruned else None,
+        reference_top1=accuracy.dense.percent if beside_fp32 and accuracy.dense else manifest.dense.top1,
+        agreement=None if found.dense is None else accuracy.agreement.percent,
+        non_finite=accuracy.non_finite,
+    )
+    return checks.judge(limits, figures), budget_ms
+
+
+def _latencies(found: Found) -> dict[str, Distribution]:
+    return {"pruned": found.pruned} | ({"dense": found.dense} if found.dense is not None else {})
+
+
+def _text(folder: Path, manifest: Manifest, found: Found, verdict: checks.Verdict, budget_ms: float) -> str:
+    """The verdict with its reasons, and what was found beside what the build had found."""
+    percentile, top1 = manifest.budget.percentile, found.accuracy.pruned
+    rows = []
+    for name, one in _latencies(found).items():
+        for number, value in one.percentiles.items():
+            built = getattr(getattr(manifest, name).latency_ms, f"p{number}", None)
+            limit = f"<= {milliseconds(budget_ms)}" if (name, number) == ("pruned", percentile) else ""
+            rows.append([f"{name} p{number} (ms)", milliseconds(built), milliseconds(value.value_ms), limit])
+    if top1 is not None:
+        interval = f"{top1.percent:.2f} ({top1.low:.2f} to {top1.high:.2f})"
+        built_top1 = manifest.pruned.top1
+        rows.append(["pruned top-1 (%)", "-" if built_top1 is None else f"{built_top1:.2f}", interval, ""])
+    if found.dense is not None:
+        rows.append(["agreement (%)", "", f"{found.accuracy.agreement.percent:.2f}", ""])
+    figures = table(rows, head=["", "when built", "now", "budget"], right=[1, 2, 3])
+    whole = f"all {len(manifest.files)} files of {folder} are what its manifest says"
+    return "\n".join([verdict.verdict, *(f"  {reason}" for reason in verdict.reasons), "", figures, "", whole])
