@@ -1,0 +1,150 @@
+"""validate and inspect, on a folder as a build leaves it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from vitprune_deploy import cli
+from vitprune_deploy.artifact import Manifest, hash_files
+from vitprune_deploy.data import Preprocess
+from vitprune_deploy.export.onnx import export_onnx
+from vitprune_deploy.profile import commented_yaml, load_profile
+
+PREPROCESS = Preprocess((3, 28, 28), crop_pct=1.0)
+FIGURES = {"params": 1, "macs": 1, "top1": 50.0, "latency_ms": {"p50": 1.0, "samples": 100}}
+FILES = ["model.onnx", "model.json", "profile.yaml"]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A model that is its own dense model, and images whose class is what the model says."""
+    folder, model = tmp_path_factory.mktemp("built"), tiny.tiny_vit()
+    out = folder / "out"
+    kept = out / ".work" / "export-0"
+    kept.mkdir(parents=True)
+    export_onnx(model, out / "model.onnx")
+    shutil.copy(out / "model.onnx", kept / "dense.onnx")
+    (kept / "stage.json").write_text(json.dumps({"key": {}, "files": hash_files(kept, ["dense.onnx"])}))
+    (out / "model.json").write_text(json.dumps(model.config.to_dict()))
+    draw(folder / "images", model)
+    values = {
+        "model": {"name": "vit_tiny_patch16_224"},
+        "data": {"source": str(folder / "images"), "calibration": {"images": 8}, "recovery": {"images": 8}},
+        "search": {"probe_images": 4, "holdout_images": 4},
+        "budget": {"latency_ms": 10_000.0, "threads": 1},
+        "accuracy": {"min_top1": 99.0, "min_agreement": 99.0},
+        "validation": {"runs": 20},
+    }
+    (folder / "made.yaml").write_text(commented_yaml(values))
+    (out / "profile.yaml").write_text(load_profile(folder / "made.yaml").to_yaml())
+    write_manifest(out)
+    return out
+
+
+def write_manifest(out, budget_ms=10_000.0):
+    engine = {"runtime": "onnxruntime", "precision": "fp32", "status": "run", "file": "model.onnx"}
+    Manifest(
+        schema=1, verdict="pass", reasons=(), device={"cpu": "another"}, versions={}, dense=FIGURES, pruned=FIGURES,
+        budget={"latency_ms": budget_ms, "percentile": 50, "batch": 1, "image_size": (28, 28)},
+        parity={"max_abs": 0.0, "top1_agreement": 100.0}, engines=(engine,), files=hash_files(out, FILES),
+        preprocess=PREPROCESS.to_dict(), classes=[f"class {i}" for i in range(10)],
+    ).write(out)  # fmt: skip
+
+
+def draw(folder, model):
+    for i in range(10):
+        (folder / f"class {i}").mkdir(parents=True)
+    for seed in range(60):
+        pixels = np.random.default_rng(seed).integers(0, 256, (28, 28, 3), np.uint8)
+        image = Image.fromarray(pixels)
+        with torch.no_grad():
+            label = int(model(torch.from_numpy(PREPROCESS(image))[None]).argmax())
+        image.save(folder / f"class {label}" / f"{seed}.png")
+    for i in range(10):  # a class without an image is no folder of a data set
+        if not any((folder / f"class {i}").iterdir()):
+            Image.new("RGB", (28, 28)).save(folder / f"class {i}" / "none.png")
+
+
+def copied(built, tmp_path):
+    return Path(shutil.copytree(built, tmp_path / "copy"))
+
+
+def test_validate_runs_the_engine_beside_the_dense_one_that_the_build_kept(built, capsys):
+    code = cli.main(["validate", str(built), "--set", "accuracy.min_top1=50", "--json"])
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["latency"].keys() == {"dense", "pruned"}
+    assert found["accuracy"]["agreement"]["percent"] == 100.0
+    assert found["latency"]["pruned"]["samples"] >= 20
+    assert (code, found["verdict"]) in {(0, "pass"), (1, "unstable")}  # others may use the machine
+    assert any("cpu was another" in line for line in found["device_differences"])
+    assert "cpu was another" in err
+
+
+def test_validate_without_the_dense_engine_cannot_say_how_far_they_agree(built, tmp_path, capsys):
+    folder = copied(built, tmp_path)
+    (folder / ".work" / "export-0" / "dense.onnx").write_bytes(b"cut off")
+    assert cli.main(["validate", str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert "agreement with the dense model was not measured" in out
+    assert "dense p50" not in out
+
+
+def test_validate_judges_by_the_budget_in_milliseconds_of_the_build(built, tmp_path, capsys):
+    folder = copied(built, tmp_path)
+    shutil.rmtree(folder / ".work")
+    write_manifest(folder, budget_ms=1e-4)
+    assert cli.main(["validate", str(folder), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["budget_ms"] == 1e-4
+    assert found["verdict"] in ("fail", "unstable")
+
+
+@pytest.mark.parametrize("verb", ["validate", "inspect"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named_and_ends_with_2(verb, name, built, tmp_path, capsys):
+    folder = copied(built, tmp_path)
+    (folder / name).write_bytes((folder / name).read_bytes()[:-3])
+    assert cli.main([verb, str(folder)]) == 2
+    assert f"{folder / name} is cut off or changed since it was built" in "".join(capsys.readouterr())
+
+
+def test_inspect_shows_figures_blocks_engines_and_that_the_files_are_whole(built, capsys):
+    assert cli.main(["inspect", str(built)]) == 0
+    text = capsys.readouterr().out
+    assert "all 3 files are what the manifest says" in text
+    assert "latency p50 (ms), batch 1" in text
+    assert any(line.split() == ["heads", "4", "4"] for line in text.splitlines())
+    assert cli.main(["inspect", str(built / "manifest.json"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["blocks"] == {"heads": [4, 4], "mlp": [64, 64], "patches": [49, 49]}
+    assert found["damaged"] == []
+
+
+def test_inspect_shows_the_sidecar_of_an_engine(tmp_path, capsys):
+    plan = tmp_path / "model.plan"
+    plan.write_bytes(b"plan")
+    sidecar = {"runtime": "tensorrt_rtx", "version": "1.7", **hashes(plan)}
+    (tmp_path / "model.plan.json").write_text(json.dumps(sidecar))
+    assert cli.main(["inspect", str(plan), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == sidecar
+    plan.write_bytes(b"changed")
+    assert cli.main(["inspect", str(plan)]) == 2
+
+
+def hashes(plan):
+    return {"sha256": hash_files(plan.parent, [plan.name])[plan.name]}
+
+
+def test_inspect_says_what_it_knows_of(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("x")
+    assert cli.main(["inspect", str(tmp_path / "notes.txt")]) == 2
+    assert "inspect knows output folders, .onnx files and .plan files" in capsys.readouterr().err

@@ -1,0 +1,173 @@
+"""CUDA's buffers: NVIDIA's bindings up to the border of the driver, and past it with a double of the API.
+
+The double shows what our code makes of return codes and in which order arguments go, nothing about CUDA.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import re
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+from vitprune.errors import InputError, MissingError
+from vitprune_deploy.backends import _cuda
+from vitprune_deploy.backends._cuda import Bindings, PyCuda, open_cuda
+
+
+@pytest.fixture(scope="module")
+def api():
+    return pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
+
+
+def test_every_call_that_we_make_exists_in_the_bindings(api):
+    source = inspect.getsource(Bindings)
+    names = set(re.findall(r'_call\("(\w+)"', source)) | set(re.findall(r"_api\.(\w+)", source))
+    assert {"cudaMalloc", "cudaMemcpyAsync", "cudaMemcpyKind", "cudaFreeHost"} <= names
+    assert [name for name in sorted(names) if not hasattr(api, name)] == []
+    assert {"cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost"} <= set(dir(api.cudaMemcpyKind))
+
+
+def test_without_a_driver_there_is_a_sentence(api):
+    code, count = api.cudaGetDeviceCount()
+    if int(code) == 0 and count:
+        pytest.skip("there is a GPU")
+    with pytest.raises(MissingError, match=r"^(no NVIDIA driver|there is no NVIDIA GPU)"):
+        open_cuda("cuda.bindings")
+
+
+def test_pycuda_that_is_not_installed_comes_with_a_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycuda", None)
+    with pytest.raises(MissingError, match=r"^pycuda cannot be imported .* run `pip install pycuda`$"):
+        open_cuda("pycuda")
+
+
+def test_neither_installed_names_both(monkeypatch):
+    for module in ("pycuda", "cuda.bindings.runtime"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingError, match=r"^cuda\.bindings and pycuda cannot be imported"):
+        open_cuda()
+
+
+def test_an_unknown_package_is_an_input_error():
+    with pytest.raises(InputError, match=r"CUDA is reached through cuda\.bindings or pycuda, not 'cupy'"):
+        open_cuda("cupy")
+
+
+class Code(int):
+    """A return code with a name, as the bindings give it."""
+
+    name = "cudaErrorOfSomeKind"
+
+
+class DoubleApi:
+    """Some of cuda.bindings.runtime: answers are given, calls are noted, host memory is real."""
+
+    cudaMemcpyKind = SimpleNamespace(  # noqa: N815
+        cudaMemcpyHostToDevice="to device", cudaMemcpyDeviceToHost="to host"
+    )
+
+    def __init__(self, **answers):
+        self.answers, self.calls, self.held = answers, [], []
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls.append((name, *arguments))
+            return self.answers.get(name, (Code(0),))
+
+        return call
+
+    def cudaHostAlloc(self, size, flags):  # noqa: N802
+        self.held.append(ctypes.create_string_buffer(size))
+        return Code(0), ctypes.addressof(self.held[-1])
+
+
+def bindings(monkeypatch, **answers):
+    api = DoubleApi(**{"cudaGetDeviceCount": (Code(0), 1)} | answers)
+    monkeypatch.setattr(_cuda.importlib, "import_module", lambda name: api)
+    return Bindings(), api
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (2, "the GPU has no memory left; use a smaller batch"),
+        (35, "no NVIDIA driver was found on this machine, or it is too old"),
+        (100, "there is no NVIDIA GPU in this machine"),
+        (700, r"CUDA failed in cudaMalloc: cudaErrorOfSomeKind \(700\)"),
+    ],
+)
+def test_every_code_but_success_is_a_sentence(monkeypatch, code, message):
+    cuda, _ = bindings(monkeypatch, cudaMalloc=(Code(code), None))
+    with pytest.raises(MissingError, match=message):
+        cuda.allocate(16)
+
+
+def test_a_machine_with_a_driver_and_no_gpu_is_told_so(monkeypatch):
+    with pytest.raises(MissingError, match="there is no NVIDIA GPU"):
+        bindings(monkeypatch, cudaGetDeviceCount=(Code(0), 0))
+
+
+def test_pinned_memory_is_an_array_on_the_drivers_own_memory_and_goes_back_to_it(monkeypatch):
+    cuda, api = bindings(monkeypatch)
+    array = cuda.pinned((2, 3), np.dtype(np.float32))
+    array[...] = np.arange(6).reshape(2, 3)
+    assert np.frombuffer(api.held[0], np.float32).tolist() == [0, 1, 2, 3, 4, 5]
+    row = array[1]
+    del array
+    assert api.calls[-1][0] != "cudaFreeHost"  # a view still needs it
+    del row
+    assert api.calls[-1] == ("cudaFreeHost", ctypes.addressof(api.held[0]))
+
+
+def test_copies_go_in_their_direction(monkeypatch):
+    cuda, api = bindings(monkeypatch)
+    array = np.zeros(4, np.float32)
+    cuda.copy_in(1234, array, "stream")
+    cuda.copy_out(array, 1234, "stream")
+    assert api.calls[-2:] == [
+        ("cudaMemcpyAsync", 1234, array.ctypes.data, 16, "to device", "stream"),
+        ("cudaMemcpyAsync", array.ctypes.data, 1234, 16, "to host", "stream"),
+    ]
+
+
+def test_pycuda_waits_copies_and_times_as_the_interface_says(monkeypatch):
+    done = []
+    event = SimpleNamespace(record=lambda stream: done.append("record"), time_till=lambda other: 2.5)
+    context = SimpleNamespace(push=lambda: done.append("push"), pop=lambda: None)
+    driver = ModuleType("pycuda.driver")
+    driver.Error = type("Error", (Exception,), {})
+    driver.init = lambda: done.append("init")
+    driver.Device = lambda number: SimpleNamespace(
+        retain_primary_context=lambda: context,
+        compute_capability=lambda: (8, 7),
+        name=lambda: "Orin",
+        total_memory=lambda: 8 << 30,
+    )
+    driver.Event = lambda: event
+    driver.memcpy_htod_async = lambda *arguments: done.append(("in", *arguments))
+    driver.memcpy_dtoh_async = lambda *arguments: done.append(("out", *arguments))
+
+    def refuse(size):
+        raise driver.Error("out of memory")
+
+    driver.mem_alloc = refuse
+    monkeypatch.setitem(sys.modules, "pycuda", ModuleType("pycuda"))
+    monkeypatch.setitem(sys.modules, "pycuda.driver", driver)
+    cuda = open_cuda("pycuda")
+    assert isinstance(cuda, PyCuda)
+    assert cuda.device() == ("Orin", "8.7", 8 << 30)
+    array = np.zeros(2)
+    cuda.copy_in(1, array, "stream")
+    cuda.copy_out(array, 1, "stream")
+    cuda.record(cuda.event(), "stream")
+    assert cuda.elapsed_ms(event, event) == 2.5
+    assert done[:2] == ["init", "push"]
+    assert [entry[0] for entry in done[2:4]] == ["in", "out"]
+    assert (done[2][1], done[3][2]) == (1, 1)
+    with pytest.raises(MissingError, match="CUDA failed: out of memory"):
+        cuda.allocate(8)

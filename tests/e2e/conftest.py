@@ -1,0 +1,52 @@
+"""A small model, small images and a profile for both: a whole build in well under a minute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+PROFILE = """\
+model:
+  name: vit_tiny_patch16_224
+  pretrained: false
+  args: {{img_size: 32, patch_size: 4, embed_dim: 48, depth: 3, num_heads: 4, num_classes: 3}}
+data:
+  source: {images}
+  calibration: {{images: 48}}
+  recovery: {{images: 60}}
+input: {{batch: {{min: 1, opt: 2, max: 4}}, image_size: 32}}
+budget: {{speedup: 1.5, threads: 1}}
+accuracy: {{min_agreement: 2}}
+prune:
+  tokens: {{levels: 5}}
+search: {{probe_images: 16, holdout_images: 16, evaluations: 8, landings: 1}}
+measure: {{max_seconds: 12, relative_half_width: 0.1}}
+recover: {{max_steps: 4, batch: 8}}
+validation: {{runs: 40, max_seconds: 10, parity_images: 8}}
+"""
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """Three folders of 60 small PNG files: stripes of three directions, with noise."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:32, :32]
+    for name, wave in (("across", rows), ("down", columns), ("slanted", rows + columns)):
+        (root / name).mkdir()
+        for number in range(60):
+            stripes = 127 + 100 * np.sin(wave / rng.uniform(1, 3) + rng.uniform(0, 6))
+            pixels = np.clip(stripes[..., None] + rng.normal(0, 20, (32, 32, 3)), 0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{number:02}.png")
+    return root
+
+
+@pytest.fixture
+def profile_path(tmp_path, images) -> Path:
+    """The profile, in a folder of its own."""
+    path = tmp_path / "small.yaml"
+    path.write_text(PROFILE.format(images=images))
+    return path

@@ -1,0 +1,184 @@
+"""The whole pipeline with real runtimes on a small model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from vitprune.errors import DamagedFile, InputError
+from vitprune.plan import Plan
+from vitprune.search.frontier import from_rows
+from vitprune_deploy.artifact import verify
+from vitprune_deploy.build import build, run
+from vitprune_deploy.build.make import slim_model
+from vitprune_deploy.build.training import train_on
+from vitprune_deploy.console import Console
+from vitprune_deploy.profile import load_profile
+from vitprune_deploy.runtime import load
+
+pytestmark = pytest.mark.e2e
+
+DELIVERED = {"profile.yaml", "plan.yaml", "model.json", "model.safetensors", "latency_table.json", "frontier.json",
+             "model.onnx", "report.html"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, images):
+    """One build with everything in it, for the tests that only look."""
+    from conftest import PROFILE
+
+    folder = tmp_path_factory.mktemp("built")
+    (folder / "small.yaml").write_text(PROFILE.format(images=images))
+    manifest = build(load_profile(folder / "small.yaml"), folder / "out", Console(quiet=True))
+    return folder / "out", manifest
+
+
+def quick(profile_path, table, *more):
+    """The profile with a recorded table and nothing measured for the search: what follows is decided by seeds alone."""
+    return load_profile(profile_path, [f"measure.table={table}", "search.landings=0", *more])
+
+
+def stage_folders(out):
+    return {path.parent.name: path.stat().st_mtime_ns for path in (out / ".work").glob("*/stage.json")}
+
+
+def test_the_folder_holds_what_the_manifest_says_and_nothing_is_damaged(built):
+    out, manifest = built
+    assert verify(out) == manifest
+    assert manifest.files.keys() >= DELIVERED
+    assert manifest.verdict in ("pass", "fail", "unstable")
+    if manifest.verdict != "pass":  # this machine may be busy; accuracy cannot be missed at 2% agreement
+        assert all("latency" in reason or "budget" in reason for reason in manifest.reasons)
+
+
+def test_the_pruned_model_is_smaller_and_its_plan_is_what_was_exported(built):
+    out, manifest = built
+    plan = Plan.from_dict(yaml.safe_load((out / "plan.yaml").read_text()))
+    config = json.loads((out / "model.json").read_text())
+    assert manifest.pruned.macs < manifest.dense.macs
+    assert [len(block.heads) for block in plan.blocks] == [block["heads"] for block in config["blocks"]]
+    assert [len(block.mlp) for block in plan.blocks] == [block["mlp"] for block in config["blocks"]]
+    assert manifest.parity.max_abs <= 1e-4
+
+
+def test_a_service_gets_the_same_answers_from_files_and_from_pixels(built, images):
+    from PIL import Image
+
+    paths = sorted(images.glob("*/*.png"))[::30]
+    with load(built[0]) as model:
+        pictures = [Image.open(path) for path in paths]
+        from_files = model.predict(pictures)
+        from_pixels = model.predict(np.stack([np.asarray(picture) for picture in pictures]))
+    assert from_files.logits.shape == (len(paths), 3)
+    np.testing.assert_array_equal(from_files.logits, from_pixels.logits)
+
+
+def test_the_frontier_has_a_plan_for_every_budget(built):
+    points = from_rows(json.loads((built[0] / "frontier.json").read_text()))
+    times = [point.predicted_ms for point in points]
+    losses = [point.loss for point in points]
+    assert len(points) > 3
+    assert times == pytest.approx(sorted(times))  # equal but for the order of their sums
+    assert losses == pytest.approx(sorted(losses, reverse=True))
+
+
+def test_the_report_names_the_verdict_and_needs_no_network(built):
+    text = (built[0] / "report.html").read_text(encoding="utf-8")
+    assert built[1].verdict in text.lower()
+    assert "http://" not in text.replace("http://www.w3.org", "")
+
+
+def test_finished_stages_are_not_repeated_and_another_budget_measures_nothing(built, profile_path, tmp_path):
+    table, out = built[0] / "latency_table.json", tmp_path / "out"
+    build(quick(profile_path, table), out, Console(quiet=True))
+    before = stage_folders(out)
+    build(quick(profile_path, table), out, Console(quiet=True))
+    assert stage_folders(out) == before
+    build(quick(profile_path, table, "budget.speedup=1.3"), out, Console(quiet=True))
+    changed = {name.rpartition("-")[0] for name in stage_folders(out).items() ^ before.items() for name in [name[0]]}
+    assert not changed & {"model", "images", "measure", "losses"}
+    assert "search" in changed
+
+
+@pytest.mark.parametrize("seconds", [3.0, 6.0, 9.0])
+def test_a_killed_build_goes_on_and_ends_with_the_same_model(built, profile_path, tmp_path, seconds):
+    table = built[0] / "latency_table.json"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    build(quick(profile_path, table), whole, Console(quiet=True))
+    command = [sys.executable, "-c", "from vitprune_deploy.cli import main; raise SystemExit(main())", "build"]
+    command += [
+        str(profile_path),
+        "--out",
+        str(killed),
+        "--set",
+        f"measure.table={table}",
+        "--set",
+        "search.landings=0",
+    ]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = stage_folders(killed)
+    build(quick(profile_path, table), killed, Console(quiet=True))
+    assert done.items() <= stage_folders(killed).items()  # what was finished was not done again
+    for name in ("plan.yaml", "model.json", "frontier.json"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_damaged_files_are_refused_or_renewed(built, profile_path, tmp_path):
+    table, out = built[0] / "latency_table.json", tmp_path / "out"
+    build(quick(profile_path, table), out, Console(quiet=True))
+    (out / "model.onnx").write_bytes((out / "model.onnx").read_bytes()[:-100])
+    with pytest.raises(DamagedFile, match=r"model\.onnx is cut off or changed"):
+        load(out)
+    weights = next((out / ".work").glob("model-*/dense.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    manifest = build(quick(profile_path, table), out, Console(quiet=True))
+    assert verify(out) == manifest
+
+
+def test_an_unreachable_budget_leaves_the_fastest_plan_and_says_so(built, profile_path, tmp_path):
+    table = built[0] / "latency_table.json"
+    manifest = build(quick(profile_path, table, "budget.speedup=100"), tmp_path / "out", Console(quiet=True))
+    assert manifest.verdict == "fail"
+    assert manifest.model_extra["search"]["status"] == "unreachable"
+    assert verify(tmp_path / "out") == manifest
+
+
+def test_where_nothing_is_gained_the_dense_model_is_the_answer(built, profile_path, tmp_path):
+    profile = load_profile(
+        profile_path, [f"measure.table={built[0] / 'latency_table.json'}", "budget.speedup=1", "search.evaluations=1"]
+    )
+    manifest = build(profile, tmp_path / "out", Console(quiet=True))
+    assert manifest.pruned.macs == manifest.dense.macs
+    assert manifest.model_extra["search"]["status"] == "dense"
+
+
+def test_another_devices_table_is_refused(built, profile_path, tmp_path):
+    plain = json.loads((built[0] / "latency_table.json").read_text())
+    plain["circumstances"]["device"]["cpu"] = "another processor"
+    (tmp_path / "table.json").write_text(json.dumps(plain))
+    with pytest.raises(InputError, match="another device"):
+        build(quick(profile_path, tmp_path / "table.json"), tmp_path / "out", Console(quiet=True))
+
+
+def test_recovery_is_shared_by_several_processes(built, profile_path, tmp_path):
+    profile = quick(profile_path, built[0] / "latency_table.json")
+    bench = run(profile, tmp_path / "out", Console(quiet=True), until="search")
+    slim, _ = slim_model(bench)
+    (tmp_path / "trained").mkdir()
+    train_on(2, bench, slim, tmp_path / "trained")
+    checks = json.loads((tmp_path / "trained" / "recovery.json").read_text())
+    assert checks[-1]["step"] == profile.recover.max_steps
+    assert sorted(path.name for path in (tmp_path / "trained").iterdir()) == [
+        "model.json", "model.safetensors", "recovery.json",
+    ]  # fmt: skip

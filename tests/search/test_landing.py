@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from synthetic import dense, fine_problem, problem
+
+from vitprune.errors import InputError
+from vitprune.search.counts import Counts, Sizes
+from vitprune.search.landing import Approach, Measured, Target, land
+
+
+class Device:
+    """What the loop finds out by measuring: 6% more than the sum, cold weights, 2% that is the model's own, noise."""
+
+    def __init__(self, made, seed, noise=0.01, drift=0.0):
+        self.made, self.noise, self.drift = made, noise, drift
+        self.rng, self.seed, self.calls = np.random.default_rng(seed), seed, []
+
+    def truth(self, counts):
+        table = self.made.table
+        own = 0.02 * math.sin(hash((counts, self.seed)) % 10007)
+        return (0.2 + 1.06 * table.sum_ms(counts, self.made.method) + 0.0375 * table.megabytes(counts)) * (1 + own)
+
+    def __call__(self, plans):
+        self.calls.append(plans)
+        pace = 1 + self.drift * self.rng.standard_normal()
+        times = [self.truth(c) * pace * (1 + self.noise * self.rng.standard_normal()) for c in plans]
+        return [Measured(ms, ms * (1 - 2 * self.noise), ms * (1 + 2 * self.noise)) for ms in times]
+
+    def anchors(self):
+        narrow = Counts((2,) * 12, (384,) * 12, (196,) * 12)
+        early = Counts((6,) * 12, (1536,) * 12, (196,) + (self.made.levels[-2],) * 11)
+        return [(counts, self([counts])[0].ms) for counts in (dense(), narrow, early)]
+
+
+@pytest.mark.parametrize("speedup", [1.25, 1.5, 2, 3])
+def test_it_lands_just_under_the_budget_on_a_device_that_the_table_misjudges(speedup):
+    for seed in range(3):
+        made = fine_problem(seed)
+        device = Device(made, seed, drift=0.05)
+        found = land(made, Target(speedup=speedup), device, anchors=device.anchors())
+        assert found.status == "landed", found.reason
+        assert 0.97 * found.budget_ms <= found.chosen.measured.ms <= found.budget_ms
+        true_share = device.truth(found.chosen.point.counts) / (device.truth(dense()) / speedup)
+        # two interleaved measurements of 1% noise each, of the plan and of the dense model: 1% of each other, 3 sigma
+        assert 0.94 < true_share < 1.03
+        assert all(plans[0] == dense() for plans in device.calls[3:])
+        predicted = [row.point.predicted_ms / row.measured.ms - 1 for row in found.rows[-2:]]
+        assert np.abs(predicted).max() < 0.08
+
+
+def test_an_absolute_budget_is_judged_in_plain_milliseconds():
+    made = fine_problem(1)
+    device = Device(made, 1, noise=0.003)
+    found = land(made, Target(latency_ms=30.0), device, anchors=device.anchors())
+    assert found.status == "landed"
+    assert found.budget_ms == 30.0
+    assert 0.96 * 30 < device.truth(found.chosen.point.counts) < 1.01 * 30
+    assert found.table.predict_ms(dense(), made.method) == pytest.approx(device.truth(dense()), rel=0.03)
+
+
+def test_without_anchors_it_takes_more_rounds_but_lands():
+    made = fine_problem(2)
+    found = land(made, Target(speedup=2), Device(made, 2, noise=0.003), Approach(rounds=8))
+    assert found.status == "landed"
+
+
+def test_the_dense_model_is_the_answer_where_it_is_fast_enough():
+    made = fine_problem(0)
+    for target in (Target(latency_ms=1000.0), Target(speedup=1.0)):
+        device = Device(made, 0)
+        found = land(made, target, device)
+        assert found.status == "dense"
+        assert found.chosen.point.counts == dense()
+        assert device.calls == [[dense()]]  # nothing else was built
+
+
+def test_a_budget_out_of_reach_gives_the_fastest_plan_as_measured():
+    made = replace(fine_problem(0), sizes=Sizes((4,), (1024,), ()))
+    device = Device(made, 0, noise=0.0)
+    found = land(made, Target(speedup=4), device)
+    assert found.status == "unreachable"
+    assert found.chosen.point.counts == Counts((4,) * 12, (1024,) * 12, (196,) * 12)
+    assert found.chosen.measured.ms == pytest.approx(device.truth(found.chosen.point.counts))
+    assert "no faster one is allowed" in found.reason
+
+
+def test_a_wrong_prediction_does_not_make_a_reachable_budget_unreachable():
+    made = replace(fine_problem(0), sizes=Sizes((4,), (1024,), ()))
+    fastest = Counts((4,) * 12, (1024,) * 12, (196,) * 12)
+    halved = Device(made, 0, noise=0.0)
+    halved.truth = lambda counts: made.predict_ms(counts) * (0.5 if counts == fastest else 1.0)
+    budget = 0.51 * made.predict_ms(fastest)
+    found = land(made, Target(latency_ms=budget), halved)
+    assert found.status == "landed"
+    assert found.chosen.point.counts == fastest
+
+
+def test_a_coarse_frontier_ends_under_the_budget_and_says_so():
+    made = replace(problem(0), sizes=Sizes((), (), (67,)))
+    found = land(made, Target(speedup=1.01), Device(made, 0, noise=0.0))
+    assert found.status == "under"
+    assert found.chosen.measured.ms <= found.budget_ms
+    assert "no plan landed in the window" in found.reason
+
+
+def test_nothing_to_prune_is_unreachable_with_the_dense_model_as_the_fastest():
+    made = replace(fine_problem(0), sizes=Sizes((), (), ()))
+    found = land(made, Target(speedup=2), Device(made, 0, noise=0.0))
+    assert found.status == "unreachable"
+    assert found.chosen.point.counts == dense()
+
+
+def test_plans_given_first_are_measured_first_and_the_true_loss_decides():
+    made = fine_problem(3)
+    device = Device(made, 3, noise=0.0)
+    aim = device.truth(dense()) / 2
+    plans = made.on(made.table.fit_correction(device.anchors(), made.method)).solve([0.9 * aim, aim])
+    first = [plans.best(0.985 * aim), plans.best(0.98 * aim)]
+    asked = []
+
+    def true_loss(counts):
+        asked.append(counts)
+        return [float(-number) for number in range(len(counts))]  # the last of them is the best
+
+    found = land(made, Target(speedup=2), device, first=first, anchors=device.anchors(), true_loss=true_loss)
+    measured = [row.point.counts for row in found.rows if row.round == 1]
+    assert measured[1:3] == [point.counts for point in first]
+    assert found.chosen.point.counts == asked[-1][-1]
+
+
+def test_rows_tell_prediction_from_measurement():
+    made = fine_problem(0)
+    found = land(made, Target(speedup=1.5), Device(made, 0))
+    plain = found.rows[1].to_dict()
+    assert plain["low_ms"] < plain["measured_ms"] < plain["high_ms"]
+    assert plain["predicted_ms"] != plain["measured_ms"]
+    assert Counts.from_dict(plain["counts"]) == found.rows[1].point.counts
+
+
+def test_the_same_measurements_give_the_same_outcome():
+    made = fine_problem(4)
+    assert land(made, Target(speedup=2), Device(made, 4)) == land(made, Target(speedup=2), Device(made, 4))
+
+
+def test_bad_targets_limits_and_measurements_are_refused():
+    for bad in ({}, {"latency_ms": 1.0, "speedup": 2.0}, {"speedup": 0.0}, {"latency_ms": float("inf")}):
+        with pytest.raises(InputError, match="a target is either"):
+            Target(**bad)
+    with pytest.raises(InputError, match="landing needs"):
+        Approach(window=0.0)
+    with pytest.raises(InputError, match="as many positive times"):
+        land(fine_problem(0), Target(speedup=2), lambda plans: [])
+    with pytest.raises(InputError, match="as many positive times"):
+        land(fine_problem(0), Target(speedup=2), lambda plans: [Measured(0.0, 0.0, 0.0)] * len(plans))

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from vitprune.errors import InputError
+from vitprune.plan import BlockPlan, Plan
+
+
+def plan(*blocks: BlockPlan, reducer: str | None = None, patches: int = 49) -> Plan:
+    return Plan("abc", patches, reducer, blocks)
+
+
+def test_comes_back_from_json_as_it_was():
+    before = plan(BlockPlan((0, 2), (1, 5), 30), BlockPlan((), (3,)), BlockPlan((), ()), reducer="evit")
+    plain = json.loads(json.dumps(before.to_dict()))
+    assert Plan.from_dict(plain) == before
+    assert "patches" not in plain["blocks"][1]
+
+
+def test_a_dense_plan_keeps_everything():
+    dense = Plan.dense("abc", 49, heads=[2, 3], mlp=[4, 1])
+    assert dense.blocks == (BlockPlan((0, 1), (0, 1, 2, 3)), BlockPlan((0, 1, 2), (0,)))
+    assert dense.reducer is None
+
+
+def test_patches_are_counted_from_block_to_block():
+    kept = BlockPlan((0,), (0,))
+    counts = plan(kept, BlockPlan((0,), (0,), 30), kept, BlockPlan((0,), (0,), 7), reducer="tome").patches_after()
+    assert counts == [49, 30, 30, 7]
+
+
+def test_a_later_plan_picks_from_what_the_first_one_left():
+    first = plan(BlockPlan((1, 3, 4), (2, 5, 8, 9), 40), reducer="tome")
+    later = Plan("slim", 49, "tome", (BlockPlan((0, 2), (1, 3), 30),))
+    assert first.then(later) == plan(BlockPlan((1, 4), (5, 9), 30), reducer="tome")
+
+
+def test_the_fewer_tokens_of_two_plans_count_and_go_with_the_attention():
+    first = plan(BlockPlan((0, 1), (0,), 20), BlockPlan((0, 1), (0,), 10), reducer="evit")
+    later = Plan("slim", 49, "evit", (BlockPlan((0,), (0,), 30), BlockPlan((), (0,))))
+    assert [block.patches for block in first.then(later).blocks] == [20, None]
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "sentence"),
+    [
+        (plan(BlockPlan((0,), (0,))), plan(), "a plan of 0 blocks cannot follow one of 1"),
+        (plan(reducer="evit"), plan(reducer="tome"), "a plan with tome cannot follow one with evit"),
+        (plan(BlockPlan((2,), (0,))), plan(BlockPlan((1,), (0,))), "block 0: the later plan keeps heads 1 of 1 left"),
+        (plan(BlockPlan((2,), (0,))), plan(BlockPlan((0,), (0, 1))), "block 0: the later plan keeps mlp 1 of 1 left"),
+    ],
+)
+def test_plans_that_do_not_follow_one_another_are_refused(first, later, sentence):
+    with pytest.raises(InputError, match=sentence):
+        first.then(later)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: BlockPlan((1, 0), ()), r"heads must be ascending indices without repeats, got \(1, 0\)"),
+        (lambda: BlockPlan((), (3, 3)), r"mlp must be ascending indices without repeats, got \(3, 3\)"),
+        (lambda: BlockPlan((-1,), ()), "heads must be ascending"),
+        (lambda: BlockPlan((0,), (0,), 0), "at least 1 patch token, got 0"),
+        (lambda: BlockPlan((), (0,), 5), "a block without attention cannot reduce tokens"),
+        (lambda: plan(BlockPlan((0,), (0,), 5)), "block 0 of the plan reduces tokens, but the plan names no token"),
+        (
+            lambda: plan(BlockPlan((0,), (0,), 5), BlockPlan((0,), (0,), 6), reducer="evit"),
+            "block 1 of the plan keeps 6 of 5 patch tokens",
+        ),
+    ],
+)
+def test_impossible_plans_are_refused(make, sentence):
+    with pytest.raises(InputError, match=sentence):
+        make()
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        {},
+        {"model_sha256": "abc", "patches": "many", "reducer": None, "blocks": []},
+        {"model_sha256": "abc", "patches": 49, "reducer": None, "blocks": [{"heads": [0]}]},
+        {"model_sha256": "abc", "patches": 49, "reducer": None, "blocks": 3},
+        {"model_sha256": "abc", "patches": 49, "reducer": None, "blocks": [{"heads": ["a"], "mlp": []}]},
+    ],
+)
+def test_what_is_no_plan_is_refused_in_a_sentence(plain):
+    with pytest.raises(InputError, match="this is not a plan"):
+        Plan.from_dict(plain)

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import images, tiny_vit
+from torch.nn import functional as F
+
+from vitprune import statistics
+from vitprune.statistics import captured_inputs, gate_gradients, images_per_batch, stream_blocks
+
+VARIANTS = [{}, {"layer_scale": True, "gated": True}, {"residual": "parallel"}, {"residual": "post", "classes": 0}]
+
+
+@pytest.fixture(params=[1 << 22, 40_000], ids=["one batch", "batches"])  # 40,000 elements: batches of 12 images
+def batched(request, monkeypatch):
+    monkeypatch.setattr(statistics, "ELEMENTS_PER_BATCH", request.param)
+
+
+def whole_inputs(model, pictures):
+    """What proj and fc2 of each block read when the whole model runs at once."""
+    seen = {}
+    handles = []
+    for number, block in enumerate(model.blocks):
+        for half, linear in (("attn", block.attn.proj), ("mlp", block.mlp.fc2)):
+            key = (number, half)
+            handles.append(linear.register_forward_pre_hook(lambda _, x, key=key: seen.update({key: x[0]})))
+    model(pictures)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_streamed_moments_equal_those_of_the_whole_model_at_once(variant, batched):
+    model, pictures = tiny_vit(**variant).double(), images(20).double()
+    whole = whole_inputs(model, pictures)
+    for step in stream_blocks(model, pictures, moments=True):
+        for half in ("attn", "mlp"):
+            x = whole[step.number, half].flatten(0, 1)
+            torch.testing.assert_close(step.moments[half], x.T @ x / len(x), rtol=1e-12, atol=1e-12)  # fp64 sums
+
+
+@torch.no_grad()
+def test_the_tokens_handed_out_are_those_that_enter_the_block(batched):
+    model, pictures = tiny_vit(depth=3), images(20)
+    steps = list(stream_blocks(model, pictures, moments=False))
+    assert [step.number for step in steps] == [0, 1, 2]
+    assert all(not step.moments for step in steps)
+    logits = torch.cat([model.classify(model.blocks[2](model.blocks[1](state))) for state in steps[1].entering])
+    torch.testing.assert_close(logits, model(pictures), rtol=1e-5, atol=1e-5)  # fp32, other batch sizes
+
+
+def test_single_precision_moments_are_summed_in_double():
+    model, pictures = tiny_vit(), images(8)
+    step = next(stream_blocks(model, pictures, moments=True))
+    exact = next(stream_blocks(model.double(), pictures.double(), moments=True))
+    assert step.moments["mlp"].dtype == torch.float64
+    torch.testing.assert_close(step.moments["mlp"], exact.moments["mlp"], rtol=1e-4, atol=1e-5)
+
+
+def test_halves_that_a_block_lacks_have_no_moments():
+    model = tiny_vit()
+    model.blocks[0].attn = None
+    model.blocks[1].mlp = None
+    steps = list(stream_blocks(model, images(4), moments=True))
+    assert [set(step.moments) for step in steps] == [{"mlp"}, {"attn"}]
+
+
+def test_captures_are_gone_when_closed():
+    model = tiny_vit()
+    with captured_inputs(model.blocks[0]) as seen:
+        model(images(1))
+    seen.clear()
+    model(images(1))
+    assert not seen
+
+
+def own_labels(model, pictures, seed=0):
+    """The labels that ``gate_gradients`` draws where all images make one batch."""
+    shares = model(pictures).softmax(-1).detach()
+    return torch.multinomial(shares, 1, generator=torch.Generator().manual_seed(seed)).squeeze(1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS[:3])
+def test_gate_gradients_are_those_of_a_factor_on_each_unit(variant):
+    model, pictures = tiny_vit(**variant).double(), images(5).double()
+    labels = own_labels(model, pictures)
+    found = gate_gradients(model, pictures)
+
+    gates = {}
+    for number, block in enumerate(model.blocks):
+        for half, linear, units in (("attn", block.attn.proj, 4), ("mlp", block.mlp.fc2, 64)):
+            gate = torch.ones(5, units, dtype=torch.float64, requires_grad=True)
+            gates[number, half] = gate
+            repeat = linear.in_features // units
+            linear.register_forward_pre_hook(
+                lambda _, x, gate=gate, repeat=repeat: x[0] * gate.repeat_interleave(repeat, 1)[:, None]
+            )
+    F.cross_entropy(model(pictures), labels, reduction="sum").backward()
+    for (number, half), gate in gates.items():
+        torch.testing.assert_close(found[number][half], gate.grad, rtol=1e-9, atol=1e-12)  # fp64
+
+
+def test_a_gate_gradient_is_the_slope_of_the_loss():
+    model, pictures = tiny_vit().double(), images(1).double()
+    labels = own_labels(model, pictures)
+    found = gate_gradients(model, pictures)[0]["mlp"][0, 7]
+    weight = model.blocks[0].mlp.fc2.weight
+    losses = []
+    for gate in (1 + 1e-5, 1 - 1e-5):
+        with torch.no_grad():
+            dense = weight[:, 7].clone()
+            weight[:, 7] *= gate
+            losses.append(float(F.cross_entropy(model(pictures), labels)))
+            weight[:, 7] = dense
+    assert float(found) == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-5, abs=1e-9)  # central difference
+
+
+def test_batches_leave_the_gradients_of_an_image_alone(monkeypatch):
+    model, pictures = tiny_vit().double(), images(9).double()
+    whole = gate_gradients(model, pictures)
+    monkeypatch.setattr(statistics, "ELEMENTS_PER_BATCH", 10_000)
+    reports = []
+    parts = gate_gradients(model, pictures, progress=lambda done, total, what: reports.append((done, total)))
+    for one, other in zip(whole, parts, strict=True):
+        for half in ("attn", "mlp"):
+            torch.testing.assert_close(one[half], other[half], rtol=1e-9, atol=1e-12)
+    assert reports == [(3, 9), (6, 9), (9, 9)]
+
+
+def test_models_without_classifier_have_gate_gradients_too():
+    found = gate_gradients(tiny_vit(classes=0), images(3))
+    assert found[0]["attn"].shape == (3, 4)
+    assert all(float(part.abs().sum()) > 0 for block in found for part in block.values())
+
+
+def test_batches_shrink_as_models_grow():
+    small, large = tiny_vit().config, tiny_vit(mlp=512).config
+    assert images_per_batch(small) > images_per_batch(large) >= 1

@@ -1,0 +1,187 @@
+"""What every token method promises, whatever it does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from tiny import images, tiny_vit
+from torch import nn
+from torch.export import Dim
+
+from vitprune import parts
+from vitprune.model.state import AttentionView, TokenState
+from vitprune.tokens.base import Reducer, track_sources
+
+METHODS = parts.names("vitprune.tokens")
+FORBIDDEN = {"NonZero", "If", "Loop", "Scan", "Unique", "ScatterElements", "ScatterND", "RandomUniformLike"}
+
+
+def make(name: str) -> Reducer:
+    return parts.load("vitprune.tokens", name, Reducer)()
+
+
+def tokens(patches: int = 49, prefix: int = 1, batch: int = 2, dtype: torch.dtype = torch.float32):
+    """A state without a history, its sources tracked, and an attention over it."""
+    generator = torch.Generator().manual_seed(patches + prefix)
+    x, q, k = (torch.randn(batch, *shape, generator=generator).to(dtype)
+               for shape in ((prefix + patches, 16), (3, prefix + patches, 8), (3, prefix + patches, 8)))  # fmt: skip
+    return track_sources(TokenState(x, prefix, patches)), AttentionView(q, k, 8**-0.5, None)
+
+
+def reachable(reducer: Reducer, patches: int, prefix: int) -> list[int]:
+    """Counts for one application: the fewest, one in between, and all but one."""
+    fewest = reducer.fewest(patches, prefix)
+    return sorted({fewest, (fewest + patches) // 2, patches - 1})
+
+
+PREFIXES = [(name, prefix) for name in METHODS for prefix in (0, 1, 2, 5) if prefix or not make(name).needs_class_token]
+CASES = [(name, prefix, patches) for name, prefix in PREFIXES for patches in (49, 16)]
+
+
+@pytest.mark.parametrize(("name", "prefix", "patches"), CASES)
+def test_leaves_as_many_tokens_as_it_is_told(name, prefix, patches):
+    reducer = make(name)
+    for keep in reachable(reducer, patches, prefix):
+        state, attention = tokens(patches, prefix)
+        after = reducer(state, attention, keep)
+        assert after.x.shape == (2, prefix + keep, 16)
+        assert after.source.shape == (2, prefix + keep, patches)
+        assert (after.prefix, after.patches) == (prefix, patches)
+        assert (after.size is not None) == reducer.proportional
+        assert after.size is None or after.size.shape == (2, prefix + keep, 1)
+
+
+@pytest.mark.parametrize(("name", "prefix"), PREFIXES)
+def test_prefix_tokens_stay_bit_for_bit(name, prefix):
+    state, attention = tokens(prefix=prefix)
+    after = make(name)(state, attention, 30)
+    assert torch.equal(after.x[:, :prefix], state.x[:, :prefix])
+    assert after.source[:, :prefix].count_nonzero() == 0
+    assert after.size is None or torch.equal(after.size[:, :prefix], torch.ones(2, prefix, 1))
+
+
+@pytest.mark.parametrize(("name", "prefix", "patches"), CASES)
+def test_no_patch_is_lost_or_counted_twice(name, prefix, patches):
+    reducer = make(name)
+    for keep in reachable(reducer, patches, prefix):
+        after = reducer(*tokens(patches, prefix), keep)
+        homes = (after.source > 0).sum(1)
+        assert torch.equal(homes.clamp(min=1), torch.ones_like(homes))
+        if not reducer.drops:
+            assert (homes == 1).all()
+        if reducer.proportional:  # sizes turn shares of a token into shares of a patch
+            shares = (after.source * after.size).sum(1)
+            torch.testing.assert_close(shares, torch.ones_like(shares))
+
+
+@pytest.mark.parametrize(("name", "prefix"), PREFIXES)
+def test_the_source_says_what_a_token_is_made_of_over_two_applications(name, prefix):
+    state, attention = tokens(prefix=prefix)
+    reducer = make(name)
+    once = reducer(state, attention, 30)
+    _, attention = tokens(30, prefix)
+    twice = reducer(once, attention, 20)
+    made = twice.source @ state.x[:, prefix:]
+    torch.testing.assert_close(made[:, prefix:], twice.x[:, prefix:], rtol=1e-5, atol=1e-5)  # fp32, another order
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_happens_when_all_are_kept(name):
+    state, attention = tokens()
+    assert make(name)(state, attention, 49) is state
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("patches", [1, 2, 3, 50])
+def test_the_fewest_are_at_least_one_and_no_more_than_there_are(name, patches):
+    assert 1 <= make(name).fewest(patches, 1) <= patches
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_patches_leave_in_order_where_the_method_says_so(name):
+    reducer = make(name)
+    if not reducer.keeps_order:
+        pytest.skip("makes no promise about the order")
+    first = reducer(*tokens(), 30).source[:, 1:].argmax(-1)
+    assert torch.equal(first, first.sort(1).values)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_tokens_keep_their_precision_and_scores_have_at_least_that_of_fp32(name, dtype):
+    state, attention = tokens(dtype=dtype)
+    after = make(name)(state, attention, 30)
+    assert {t.dtype for t in (after.x, after.source, after.size) if t is not None} == {dtype}
+    exact = make(name)(state._replace(x=state.x.double(), source=state.source.double()),
+                       attention._replace(q=attention.q.double(), k=attention.k.double()), 30)  # fmt: skip
+    assert torch.equal(after.source > 0, exact.source > 0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_gradients_reach_every_patch_that_is_not_dropped(name):
+    state, attention = tokens()
+    x = state.x.requires_grad_()
+    make(name)(state._replace(x=x), attention, 30).x.square().sum().backward()
+    reached = x.grad.abs().sum(-1) > 0
+    assert make(name).drops or reached.all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("prefix", [{}, {"distilled": True}, {"distilled": True, "registers": 3}], ids=str)
+def test_works_inside_a_model_behind_any_prefix(name, prefix):
+    dense = tiny_vit(**prefix)
+    model = tiny_vit(reducer=name, keep={0: 30, 1: 20}, **prefix)
+    model.load_state_dict(dense.state_dict(), strict=False)
+    state = model.embed(images(2))
+    for block in model.blocks:
+        state = block(state)
+    assert state.x.shape[1] == model.config.prefix + 20
+    difference = (model(images(4)) - dense(images(4))).abs().max()
+    assert 1e-4 < difference < 2
+
+
+@pytest.fixture(scope="module", params=[(name, dynamic) for name in METHODS for dynamic in (False, True)], ids=str)
+def exported(request, tmp_path_factory) -> tuple[nn.Module, Path, bool]:
+    """A model that reduces tokens and its graph; where the flag says so, with a dynamic height and two reductions."""
+    name, dynamic = request.param
+    # of the 21 patches of the smallest image both blocks leave 13: no patch less, which only the graph does not know
+    model = tiny_vit(depth=1 + dynamic, reducer=name, keep={0: 30, 1: 29}, dynamic_image_size=dynamic)
+    shapes = {0: Dim("batch", min=1, max=64)} | ({2: 4 * Dim("rows", min=3, max=32)} if dynamic else {})
+    path = tmp_path_factory.mktemp("graph") / "model.onnx"
+    program = torch.onnx.export(
+        model, (images(2),), dynamo=True, opset_version=20, dynamic_shapes=(shapes,), verbose=False
+    )
+    program.save(path)
+    return model, path, dynamic
+
+
+def test_onnxruntime_agrees_at_every_batch_and_size(exported):
+    model, path, dynamic = exported
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in (1, 2, 3):
+        for height in (28, 44, 12) if dynamic else (28,):
+            batch_of = torch.randn(batch, 3, height, 28)
+            got = session.run(None, {session.get_inputs()[0].name: batch_of.numpy()})[0]
+            want = model(batch_of).detach().numpy()
+            np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)  # fp32; another choice of tokens is off by O(0.1)
+
+
+def test_the_graph_has_no_operator_that_runtimes_refuse(exported):
+    _, path, _ = exported
+    operators = Counter(node.op_type for node in onnx.load(path).graph.node)
+    assert not FORBIDDEN & operators.keys()
+
+
+def test_tensorrt_rtx_parses_the_graph(exported):
+    trt = pytest.importorskip("tensorrt_rtx")
+    _, path, _ = exported
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
+    assert parser.parse(path.read_bytes()), [str(parser.get_error(i)) for i in range(parser.num_errors)]
