@@ -68,9 +68,14 @@ class Console:
                 self._bar = self._task = None
 
 
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging calls it so)
+        """Nothing: on a full disk the build ends with a sentence of its own, not with a traceback for each line."""
+
+
 def to_file(path: str) -> logging.Handler:
     """A handler that appends every message of ours to ``path``, with the time."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("vitprune_deploy").addHandler(handler)
     logging.getLogger("vitprune_deploy").setLevel(logging.INFO)

@@ -5,6 +5,7 @@ A stage works in a temporary folder that is renamed when all in it is on the dis
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -62,10 +63,11 @@ class Stages:
             raise InputError(
                 f"{self.folder}: another build is at work here (process {owner}); wait for it, or choose another --out"
             ) from error
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         self._lock = handle
         sweep(self.folder)
+        with contextlib.suppress(OSError):  # a full disk: the first stage says so, and who is at work matters less
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -23,6 +23,7 @@ from vitprune_deploy.data import (
     check_disjoint,
     open_images,
     open_split,
+    picked,
     split_three,
 )
 from vitprune_deploy.data import images as images_module
@@ -152,6 +153,24 @@ def test_what_is_no_archive_is_told(tmp_path, name, data):
         open_images(path)
 
 
+def test_what_is_no_archive_is_told_in_one_line(tmp_path):
+    (tmp_path / "notes.txt").write_text("no images")
+    with pytest.raises(DamagedFile) as refused:
+        open_images(tmp_path / "notes.txt")
+    assert str(refused.value).endswith("is not a readable zip or tar archive (file could not be opened successfully)")
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_file_that_a_tar_holds_under_two_names_is_two_images(tmp_path, mode):
+    root = folder(tmp_path / "set", files(2))
+    (root / "owl/again.png").hardlink_to(root / "cat/000.png")
+    with tarfile.open(tmp_path / "a.tar", mode) as archive:
+        archive.add(root, ".")
+    images = open_images(tmp_path / "a.tar", class_names=CLASSES)
+    assert len(images) == 7
+    assert images.read(6) == images.read(0)
+
+
 def test_a_source_that_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match="nowhere: there is no such folder or archive"):
         open_images(tmp_path / "nowhere")
@@ -183,6 +202,18 @@ def test_timm_readers_give_images_classes_and_bytes(tmp_path):
         open_images("timm:torch/nothing", root=root)
 
 
+def test_a_timm_reader_without_its_folder_says_what_is_missing():
+    with pytest.raises(InputError, match=r"timm:folder \(train\) needs data\.root"):
+        open_images("timm:folder")
+
+
+def test_what_a_timm_reader_prints_does_not_reach_stdout(capsys, monkeypatch):
+    monkeypatch.setattr("timm.data.create_dataset", lambda *_, **__: print("Please install it"))  # noqa: T201
+    with pytest.raises(InputError):
+        open_images("timm:chatty")
+    assert capsys.readouterr().out == ""
+
+
 # --- classes
 
 
@@ -203,6 +234,13 @@ def test_two_classes_of_one_name_are_told_apart_by_exact_spelling_only():
     assert class_indices(["crane"], "x", class_names=names) == {"crane": 1}
     with pytest.raises(InputError, match="'CRANE'"):
         class_indices(["CRANE"], "x", class_names=names)
+
+
+def test_a_folder_whose_class_is_there_twice_is_not_guessed():
+    with pytest.raises(InputError, match="the first is 'crane'"):
+        class_indices(["crane", "owl"], "x", class_names=["crane", "owl", "crane"])
+    with pytest.raises(InputError, match=r"data\.class_map lists folder 'cat' twice"):
+        class_indices(["cat", "dog"], "x", class_map=["cat", "cat", "dog"])
 
 
 def test_a_subset_of_imagenet_is_recognised_by_its_numbers():
@@ -547,6 +585,20 @@ def test_an_unreadable_training_image_is_replaced_by_the_next(tmp_path):
     np.testing.assert_array_equal(data[0][0], data[2][0])
     with pytest.raises(InputError, match="cannot be read"):
         Augmented(damaged(tmp_path, broken=9, allowed=0.1), TINY)[0]
+
+
+def test_a_few_picked_images_may_lie_beside_unreadable_ones_which_the_log_names(tmp_path, caplog):
+    content = files()
+    content["cat/001.JPG"] = b"cut off"
+    images = open_images(folder(tmp_path, content), class_names=CLASSES, max_unreadable=0.1)
+    with caplog.at_level("INFO"):
+        pixels, indices = picked(images, TINY, [0, 1, 2])
+    assert indices == [0, 2, 2]
+    np.testing.assert_array_equal(pixels[1], TINY(images.image(2)))
+    assert caplog.messages == [f"{tmp_path}: cat/001.JPG is left out: not an image of a format that Pillow reads"]
+    images.max_unreadable = 0.0
+    with pytest.raises(InputError, match="1 of 18 images cannot be read"):
+        picked(images, TINY, [1])
 
 
 def test_when_no_training_image_can_be_read_the_search_for_one_ends(tmp_path):

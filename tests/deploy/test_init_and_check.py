@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image
 
 from vitprune.errors import InputError, MissingError
 from vitprune_deploy import cli
+from vitprune_deploy.build import Bench, prepare
+from vitprune_deploy.console import Console
 from vitprune_deploy.profile import commented_yaml, load_profile
 from vitprune_deploy.verbs import init
 from vitprune_deploy.verbs.estimate import duration
@@ -154,6 +157,70 @@ def test_check_tells_all_independent_problems_at_once(capsys):
     assert "CUDAExecutionProvider" in lines[1]
     assert any("cow" in line or "dog" in line for line in lines)
     assert any("prune.tokens.method evit scores by the class token" in line for line in lines)
+
+
+def test_check_refuses_a_floor_of_top_1_where_an_image_lies_in_no_class_folder(capsys):
+    tiny_profile()
+    shutil.copy("images/cat/0.png", "images/stray.png")
+    assert cli.main(["check", "tiny.yaml"]) == 2
+    assert "accuracy.max_drop needs classes, and the images of" in (out := capsys.readouterr().out)
+    assert "stray.png lies in no class folder" in out
+    assert cli.main(["check", "tiny.yaml", "--set", "accuracy={max_drop: null, min_agreement: 97}"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [('{"levels"', "table.json is cut off or no JSON"), ("[]", "table.json: this is not a latency table")],
+)
+def test_check_refuses_a_damaged_latency_table(text, said, capsys):
+    tiny_profile()
+    Path("table.json").write_text(text)
+    assert cli.main(["check", "tiny.yaml", "--set", "measure.table=table.json"]) == 2
+    assert said in capsys.readouterr().out
+
+
+def images_and_model(*overrides):
+    """What the first two stages depend on."""
+    profile = load_profile("tiny.yaml", overrides)
+    bench = Bench(profile, Console(quiet=True), Path("work"), {"model": Path("work")})
+    Path("work").mkdir(exist_ok=True)
+    prepare.prepare_model(bench, Path("work"))
+    return prepare.images_settings(bench), prepare.model_settings(bench)
+
+
+def test_another_class_map_or_other_class_names_in_the_same_file_are_another_input():
+    tiny_profile()
+    given = ["model.classes=names.txt", "data.class_map=map.yaml"]
+    Path("names.txt").write_text("a\nb\nc")
+    Path("map.yaml").write_text("{bird: 0, cat: 1, dog: 2}")
+    images, model = images_and_model(*given)
+    assert (images, model) == images_and_model(*given)
+    Path("map.yaml").write_text("{bird: 0, cat: 2, dog: 1}")
+    assert images_and_model(*given)[0] != images
+    Path("names.txt").write_text("a\nb\nd")
+    assert images_and_model(*given)[1] != model
+
+
+def test_a_file_of_classes_that_is_no_text_is_refused():
+    tiny_profile()
+    Path("names.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(InputError, match=r"model\.classes: .*names\.txt cannot be read"):
+        images_and_model("model.classes=names.txt")
+
+
+def test_a_link_to_nothing_is_an_unreadable_image_and_no_crash():
+    tiny_profile()
+    Path("images/cat/gone.png").symlink_to("nowhere.png")
+    images, _ = images_and_model("data.max_unreadable=0.5")
+    assert sum(part["images"] for part in images["parts"].values()) == 181
+
+
+def test_an_output_folder_that_is_a_file_is_refused(capsys):
+    tiny_profile()
+    Path("taken").write_text("mine")
+    for out in ("taken", "taken/below"):
+        assert cli.main(["build", "tiny.yaml", "--out", out, "-q"]) == 2
+        assert f"error: {out} cannot be written to" in capsys.readouterr().err
 
 
 def test_check_looks_at_the_images_even_if_the_model_is_wrong(capsys):

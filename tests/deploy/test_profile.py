@@ -285,6 +285,15 @@ def test_files_that_are_not_there_are_named_where_they_are_asked_for(write, tmp_
     assert load_profile(path, files_exist=True)
 
 
+def test_a_path_of_an_override_is_named_once_and_a_folder_is_no_checkpoint(write):
+    path = write(SMALL)
+    overrides = ["data.source=nowhere", "model.checkpoint=."]
+    assert refused(path, overrides, files_exist=True) == [
+        "--set data.source: there is no such file or folder, got 'nowhere'",
+        "--set model.checkpoint: must be a file, got the folder '.'",
+    ]
+
+
 @pytest.mark.parametrize(
     ("model", "size"),
     [

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
 import os
 import random
 import signal
@@ -13,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from vitprune.errors import InputError, MissingError
+from vitprune_deploy.console import to_file
 from vitprune_deploy.stages import Stages
 
 KEY = {"seed": 1, "levels": [1.0, 0.5]}
@@ -106,6 +110,24 @@ def test_a_disk_without_room_ends_the_stage_with_one_sentence(stages):
     with pytest.raises(MissingError, match=r"no room left on the disk of .*work; free some and run the same command"):
         stages.run("measure", KEY, ["a"], fill)
     assert [p.name for p in stages.folder.iterdir()] == [".lock"]
+
+
+def test_a_folder_is_taken_even_where_there_is_no_room_for_the_name_of_the_owner(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with Stages(tmp_path) as stages, pytest.raises(InputError, match="another build is at work here"):
+        Stages(stages.folder).__enter__()
+
+
+def test_a_log_on_a_full_disk_prints_no_tracebacks(capsys):
+    handler = to_file("/dev/full")
+    logging.getLogger("vitprune_deploy").info("a line")
+    logging.getLogger("vitprune_deploy").removeHandler(handler)
+    with contextlib.suppress(OSError):
+        handler.close()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_forgetting_makes_every_stage_run_again(stages):

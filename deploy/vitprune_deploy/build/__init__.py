@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from ..artifact import MANIFEST, Manifest, copy_atomic, hash_files, sweep, write_atomic
+from ..artifact import MANIFEST, Manifest, copy_atomic, hash_files, sweep, write_atomic, writing
 from ..console import Console, to_file
 from ..profile import Profile
 from .bench import Bench
@@ -22,15 +22,16 @@ def build(profile: Profile, out: Path, console: Console, *, fresh: bool = False)
     Raises:
         VitpruneError: something is wrong with the input or the machine; the same command goes on from there.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    sweep(out)
-    handler = to_file(str(out / "build.log"))
-    try:
-        bench = run(profile, out, console, fresh=fresh)
-        return _deliver(bench, out)
-    finally:
-        logging.getLogger("vitprune_deploy").removeHandler(handler)
-        handler.close()
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        sweep(out)
+        handler = to_file(str(out / "build.log"))
+        try:
+            bench = run(profile, out, console, fresh=fresh)
+            return _deliver(bench, out)
+        finally:
+            logging.getLogger("vitprune_deploy").removeHandler(handler)
+            handler.close()
 
 
 def _deliver(bench: Bench, out: Path) -> Manifest:

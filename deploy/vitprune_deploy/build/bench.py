@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vitprune import parts
+from vitprune.errors import InputError
 
 from ..data import Preprocess, Split, batches, open_split
 from ..profile import Profile
@@ -73,14 +74,26 @@ class Bench:
 
     @cached_property
     def images(self) -> Split:
-        """The three parts of the images."""
+        """The three parts of the images.
+
+        Raises:
+            InputError: as ``open_split``; or the profile has a floor of top-1, and the test images carry no classes.
+        """
         classes = self.json("model", "dense.json")["classes"]
-        return open_split(
+        found = open_split(
             self.profile.data,
             class_names=self.class_names,
             num_classes=classes or None,
             seed=self.profile.seed,
         )
+        floors = [key for key in ("max_drop", "min_top1") if getattr(self.profile.accuracy, key) is not None]
+        if floors and found.test.labels is None:
+            stray = next(entry.name for entry in found.test.store.source.entries if entry.folder is None)
+            raise InputError(
+                f"accuracy.{floors[0]} needs classes, and the images of {found.test.where} carry none: {stray} lies in "
+                "no class folder; move what does, or use accuracy.min_agreement"
+            )
+        return found
 
     @cached_property
     def calibration(self) -> Tensor:

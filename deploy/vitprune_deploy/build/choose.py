@@ -89,13 +89,11 @@ def table_settings(bench: Bench) -> dict[str, Any]:
 
 def measure(bench: Bench, folder: Path) -> None:
     """Measure the table on this device, or take the recorded one that the profile names, if it belongs here."""
-    from vitprune.search.latency import LatencyTable
-
-    from ..latency.table import accept, measure_table
+    from ..latency.table import accept, measure_table, read_table
 
     request, given = table_request(bench), bench.profile.measure.table
     if given:
-        table = LatencyTable.from_dict(json.loads(Path(given).read_bytes()))
+        table = read_table(Path(given))
         for warning in accept(table, bench.dense.config, request, runtimes.device(bench.profile)):
             bench.shows.say(f"warning: {warning}")
         write_json(folder / "latency_table.json", table.to_dict())

@@ -23,6 +23,7 @@ def model_settings(bench: Bench) -> dict[str, Any]:
         "model": profile.model.model_dump(mode="json"),
         "seed": profile.seed if checkpoint is None and not profile.model.pretrained else None,
         "checkpoint": sha256_file(Path(checkpoint)) if checkpoint else None,
+        "classes": sha256_file(Path(profile.model.classes)) if isinstance(profile.model.classes, str) else None,
         "image_size": profile.image_size,
         "dynamic": is_dynamic(profile),
         "preprocess": profile.data.preprocess.model_dump(mode="json"),
@@ -70,7 +71,10 @@ def _class_names(profile: Profile, outputs: int) -> list[str] | None:
         names, where = list(given), "model.classes"
     else:
         where = str(given)
-        names = [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            names = [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"model.classes: {given} cannot be read ({error})") from None
     if len(names) != outputs:
         raise InputError(f"{where} names {len(names)} classes, the model has {outputs} outputs")
     return names
@@ -87,8 +91,8 @@ def prepare_images(bench: Bench, folder: Path) -> None:
 
 
 def _summary(part: ImageSet) -> dict[str, Any]:
-    """How many images, where from, and a hash over their names and sizes, and over an archive's bytes."""
-    listed = [[part.name(i), part.size_bytes(i)] for i in range(len(part))]
+    """How many images, where from, and a hash over their names, sizes and classes, and over an archive's bytes."""
+    listed = [[part.name(i), _size_bytes(part, i), part.label(i)] for i in range(len(part))]
     where = Path(part.where)
     archive = next((path for path in (where, *where.parents) if path.is_file()), None)
     return {
@@ -98,3 +102,11 @@ def _summary(part: ImageSet) -> dict[str, Any]:
         "listed_sha256": canonical_sha256(listed),
         "archive_sha256": sha256_file(archive) if archive else None,
     }
+
+
+def _size_bytes(part: ImageSet, i: int) -> int | None:
+    """None for a link to nothing or a file that cannot be read, which is counted when it is decoded."""
+    try:
+        return part.size_bytes(i)
+    except Exception:  # as in Store.image: readers raise nearly anything
+        return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .feed import Augmented, batches
+from .feed import Augmented, batches, picked
 from .images import ImageSet, open_images
 from .preprocess import Preprocess
 from .split import Split, Wanted, check_disjoint, open_split, split_three
@@ -17,5 +17,6 @@ __all__ = [
     "check_disjoint",
     "open_images",
     "open_split",
+    "picked",
     "split_three",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
@@ -61,7 +62,8 @@ def class_indices(
 
 def _by_names(folders: Sequence[str], class_names: Sequence[str]) -> dict[str, int]:
     """As many folders as have a class of their name, whatever the case and the hyphens."""
-    exact = {name: index for index, name in enumerate(class_names)}
+    counts = Counter(class_names)
+    exact = {name: index for index, name in enumerate(class_names) if counts[name] == 1}
     loose: dict[str, int] = {}
     for index, name in enumerate(class_names):
         loose[_plain(name)] = -1 if _plain(name) in loose else index  # two classes of one name: neither
@@ -109,6 +111,9 @@ def _by_map(
     num_classes: int | None,
 ) -> dict[str, int]:
     if not isinstance(class_map, Mapping):
+        twice = [folder for folder, count in Counter(class_map).items() if count > 1]
+        if twice:
+            raise InputError(f"data.class_map lists folder {twice[0]!r} twice; it must have each once, in class order")
         class_map = {folder: index for index, folder in enumerate(class_map)}
     known = {name: index for index, name in enumerate(class_names or ())}
     found = {}

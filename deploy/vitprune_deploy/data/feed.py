@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import final
@@ -53,6 +53,25 @@ def batches(
             rows, labels = [], []
     if rows:
         yield preprocess.normalise(np.stack(rows)), np.array(labels)
+
+
+def picked(images: ImageSet, preprocess: Preprocess, wanted: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+    """The images ``wanted`` of the set, float32 [B, C, H, W], and their indices.
+
+    In place of an image that cannot be read comes the next one that can: unlike a subset of a few images, the whole
+    set may hold some that are unreadable.
+
+    Raises:
+        InputError: more images than ``images.max_unreadable`` cannot be read.
+    """
+    rows, indices = [], []
+    for i in wanted:
+        while (row := _look(images, i, preprocess.pixels)) is None:
+            images.check_unreadable()  # ends the loop before it comes round
+            i = (i + 1) % len(images)
+        rows.append(row)
+        indices.append(i)
+    return preprocess.normalise(np.stack(rows)), indices
 
 
 @final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,8 @@ from vitprune.errors import DamagedFile, InputError
 from .classes import ClassMap, class_indices
 from .preprocess import MAX_PIXELS
 from .sources import Source, open_source
+
+log = logging.getLogger(__name__)
 
 CACHE_BYTES = 2**28  # decoded images are kept when all of the source's would fit in this
 
@@ -55,8 +58,11 @@ class Store:
         raise DamagedFile(f"{self.source.entries[index].name}: {self.unreadable[index]}")
 
     def refuse(self, index: int, reason: str) -> None:
-        """Remember that image ``index`` is of no use."""
-        self.unreadable[index] = " ".join(reason.split())
+        """Remember that image ``index`` is of no use, and name it in the log."""
+        reason = " ".join(reason.split())
+        if index not in self.unreadable:
+            log.info("%s: %s is left out: %s", self.source.where, self.source.entries[index].name, reason)
+        self.unreadable[index] = reason
 
     def _decode(self, index: int) -> Image.Image:
         image = self.source.open(index)

@@ -5,9 +5,11 @@ A source lists its images by path, sorted; the class of an image is the first fo
 
 from __future__ import annotations
 
+import contextlib
 import io
 import lzma
 import os
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -144,7 +146,8 @@ class _Tar(Source):
             offsets = self._offsets()
             held = None if offsets else self._unpack()
         except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            raise DamagedFile(f"{path} is not a readable zip or tar archive ({error})") from None
+            reason = str(error).partition(":\n")[0]  # tarfile lists what each compression has to say, a line each
+            raise DamagedFile(f"{path} is not a readable zip or tar archive ({reason})") from None
         paths, self.entries = _layout(offsets or held or {}, str(path), prefix)
         if held is None:
             self._offset_size = [offsets[p] for p in paths]
@@ -165,17 +168,26 @@ class _Tar(Source):
 
     def _offsets(self) -> dict[str, tuple[int, int]]:
         """Offset and size of each file of a tar that is not compressed; empty for one that is."""
+        found: dict[str, tuple[int, int]] = {}
         try:
             with tarfile.open(self._path, "r:") as archive:
-                return {m.name: (m.offset_data, m.size) for m in archive if m.isreg()}
+                for member in archive:
+                    if member.isreg():
+                        found[member.name] = member.offset_data, member.size
+                    elif member.islnk() and member.linkname in found:  # a file that tar met before, by another name
+                        found[member.name] = found[member.linkname]
         except tarfile.ReadError:
             return {}
+        return found
 
     def _unpack(self) -> dict[str, bytes]:
         """The images of a compressed tar, in memory."""
-        held, total = {}, 0
+        held: dict[str, bytes] = {}
+        total = 0
         with tarfile.open(self._path) as archive:
             for member in archive:
+                if member.islnk() and member.linkname in held:
+                    held[member.name] = held[member.linkname]
                 wanted = member.isreg() and _is_image(member.name) and member.size <= MAX_FILE_BYTES
                 total += member.size if wanted else 0
                 if total > MAX_UNPACKED_BYTES:
@@ -201,11 +213,14 @@ class _Reader(Source):
         self.where = f"timm:{name} ({split})"
         try:
             options: dict[str, Any] = {"root": None if root is None else str(root), "input_img_mode": None}
-            made: Any = create_dataset(name, split=split, **options)
+            with contextlib.redirect_stdout(sys.stderr):  # readers print what they lack, and stdout is for data
+                made: Any = create_dataset(name, split=split, **options)
             count = len(made)
         except ImportError as error:
             raise MissingError(f"{self.where}: {error}") from None
         except TypeError:
+            if root is None:
+                raise InputError(f"{self.where} needs data.root, the folder of its data") from None
             raise InputError(f"{self.where} can only be read in order; use a reader with images by number") from None
         except Exception as error:  # each reader raises its own
             raise InputError(f"{self.where} cannot be opened: {error or type(error).__name__}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -184,6 +185,20 @@ def table_key(config: VitConfig, request: Request, device: Mapping[str, Any]) ->
         "methods": [method.name for method in request.methods],
         **{name: list(value) if isinstance(value, tuple) else value for name, value in asked.items()},
     }
+
+
+def read_table(path: Path) -> LatencyTable:
+    """The table in the file ``path``.
+
+    Raises:
+        InputError: it is cut off, or no latency table.
+    """
+    try:
+        return LatencyTable.from_dict(json.loads(path.read_bytes()))
+    except InputError as error:
+        raise InputError(f"measure.table: {path}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"measure.table: {path} is cut off or no JSON ({error})") from error
 
 
 def accept(table: LatencyTable, config: VitConfig, request: Request, device: Mapping[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from .tree import Tree, parse, read, show
 
 SHIPPED = (Path(__file__).parent.parent / "profiles").resolve()  # in a checkout a link to profiles/ at its root
 _MAX_FILES = 50
+_MAY_BE_FOLDERS = {"source", "root"}  # of images; all other paths are files
 
 
 class Listed(NamedTuple):
@@ -53,7 +54,7 @@ def load_profile(path: str | Path, overrides: Sequence[str] = (), *, files_exist
         tree = tree.under(_override(override))
     stem = re.sub(r"[^A-Za-z0-9._-]", "-", file.stem).lstrip("._-")[:100]
     tree.value.setdefault("name", Tree(stem or "profile", str(file), file.parent))
-    missing = list(_make_paths_absolute(tree))
+    missing = rule_errors(tree, list(_make_paths_absolute(tree)))
     plain = filled(Profile, tree.plain())
     try:
         profile = Profile.model_validate_json(json.dumps(plain))
@@ -126,8 +127,8 @@ def _override(text: str) -> Tree:
     return tree
 
 
-def _make_paths_absolute(tree: Tree) -> Iterator[str]:
-    """Replaces each path in ``tree``, and yields a line for each that leads to nothing."""
+def _make_paths_absolute(tree: Tree) -> Iterator[checks.Problem]:
+    """Replaces each path in ``tree``, and yields each that leads to nothing, or to a folder in place of a file."""
     keys = path_keys(Profile)
     for path, node in tree.walk():
         if path not in keys or not isinstance(node.value, str) or not node.value or node.value.startswith("timm:"):
@@ -136,4 +137,6 @@ def _make_paths_absolute(tree: Tree) -> Iterator[str]:
         # pathlib's own raise on loops, unknown users and names that are too long
         node.value = os.path.abspath(node.folder / os.path.expanduser(given))  # noqa: PTH100, PTH111
         if not os.path.exists(node.value):  # noqa: PTH110
-            yield f"{node.place}: {'.'.join(map(str, path))}: there is no such file or folder, got {show(given)}"
+            yield ".".join(map(str, path)), f"there is no such file or folder, got {show(given)}"
+        elif path[-1] not in _MAY_BE_FOLDERS and os.path.isdir(node.value):  # noqa: PTH112
+            yield ".".join(map(str, path)), f"must be a file, got the folder {show(given)}"

@@ -147,7 +147,8 @@ class Runtime(Section):
     )
     precision: Precision = Field(default="fp32", description="number format of weights and activations")
     options: dict[str, str | bool | int | float] = Field(
-        default={}, description="passed on to the provider or the builder"
+        default={},
+        description="for the provider; cpu_nodes: true lets a GPU leave nodes to the CPU; TensorRT takes workspace_mb",
     )
     compute_capabilities: tuple[ComputeCapability, ...] = Field(
         default=(),

@@ -66,6 +66,7 @@ def check(console: Console, name: str, overrides: Sequence[str], out: Path | Non
         else:
             problems.during(lambda: bench.images)
             problems.during(bench.token_methods)
+            problems.during(lambda: _check_table(bench))
             problems.during(lambda: _check_disk(bench, out))
         if bench is not None and not problems.errors:
             facts = _facts(bench)
@@ -116,6 +117,17 @@ def _check_folder(out: Path) -> None:
     there = _nearest(out)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"{out} cannot be written to; choose another with --out")
+
+
+def _check_table(bench: Bench) -> None:
+    """Raises InputError if the recorded latency table that the profile names is damaged, or belongs elsewhere."""
+    from ..build import runtimes
+    from ..build.choose import table_request
+    from ..latency.table import accept, read_table
+
+    given = bench.profile.measure.table
+    if given:
+        accept(read_table(Path(given)), bench.dense.config, table_request(bench), runtimes.device(bench.profile))
 
 
 def _check_disk(bench: Bench, out: Path) -> None:

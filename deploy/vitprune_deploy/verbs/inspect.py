@@ -71,6 +71,8 @@ def _onnx(path: Path) -> Answer:
         model = onnx.load(str(path), load_external_data=False)
     except DecodeError as error:
         raise DamagedFile(f"{path} is cut off or no ONNX file") from error
+    if not model.opset_import:  # an empty file parses too
+        raise DamagedFile(f"{path} is cut off or no ONNX file")
     graph = model.graph
     census = Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in graph.node)
     beside = [file for file in path.parent.glob(f"{path.name}.data*") if file.is_file()]
