@@ -144,7 +144,7 @@ class _Part(BaseModel):
 class Latency(_Part):
     """Milliseconds for one batch; a percentile without enough samples behind it is None."""
 
-    p50: float
+    p50: float | None
     p90: float | None = None
     p99: float | None = None
     samples: int
@@ -177,10 +177,10 @@ class BudgetFigures(_Part):
 
 
 class Parity(_Part):
-    """How far engine and torch are apart."""
+    """How far engine and torch are apart; ``top1_agreement`` in percent, None for a model without a classifier."""
 
     max_abs: float
-    top1_agreement: float
+    top1_agreement: float | None
 
 
 class EngineEntry(_Part):

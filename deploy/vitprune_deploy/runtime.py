@@ -81,12 +81,14 @@ class Model:
         preprocess: Preprocess,
         classes: Sequence[str] | None = None,
         max_batch: int | None = None,
+        min_batch: int = 1,
     ) -> None:
         self.backend, self.preprocess = backend, preprocess
         self.classes = None if classes is None else tuple(classes)
         first = backend.inputs[0].shape[0]
         self._fixed_batch = first if isinstance(first, int) else None
         self._chunk = self._fixed_batch or max_batch or CHUNK
+        self._least = self._fixed_batch or min_batch
         self._dtype = np.dtype(backend.inputs[0].dtype)
         self._turn = threading.Lock()
 
@@ -121,10 +123,10 @@ class Model:
         self.close()
 
     def _run(self, chunk: np.ndarray) -> np.ndarray:
-        """Outputs for at most one batch; an engine of fixed batch gets its last image again to fill it."""
+        """Outputs for at most one batch; an engine that takes no fewer images gets the last one again to fill it."""
         count = len(chunk)
-        if self._fixed_batch and count < self._fixed_batch:
-            chunk = np.concatenate([chunk, np.repeat(chunk[-1:], self._fixed_batch - count, axis=0)])
+        if count < self._least:
+            chunk = np.concatenate([chunk, np.repeat(chunk[-1:], self._least - count, axis=0)])
         with self._turn:
             return self.backend.run(np.ascontiguousarray(chunk))[:count]
 
@@ -182,7 +184,7 @@ def load(path: Path | str, *, runtime: str | None = None, threads: int | None = 
     kind = parts.load("vitprune_deploy.backends", engine.runtime.removesuffix("-rtx"), Backend)  # type: ignore[type-abstract]
     backend = kind.load(folder / name, threads=threads, options=extra.get("options"))
     classes = (manifest.model_extra or {}).get("classes")
-    return Model(backend, Preprocess.from_dict(preprocess), classes, extra.get("max_batch"))
+    return Model(backend, Preprocess.from_dict(preprocess), classes, extra.get("max_batch"), extra.get("min_batch", 1))
 
 
 def _engine(manifest: Manifest, folder: Path, runtime: str | None) -> EngineEntry:

@@ -108,6 +108,22 @@ def test_validate_judges_by_the_budget_in_milliseconds_of_the_build(built, tmp_p
     assert found["verdict"] in ("fail", "unstable")
 
 
+def test_validate_judges_the_memory_that_the_profile_allows(built, capsys):
+    assert cli.main(["validate", str(built), "--set", "budget.memory_mb=0.001", "--json"]) == 1
+    assert any("over budget.memory_mb 0.001" in reason for reason in json.loads(capsys.readouterr().out)["reasons"])
+
+
+def test_validate_without_the_dense_engine_judges_a_drop_by_the_fp32_model_of_the_build(built, tmp_path, capsys):
+    folder = copied(built, tmp_path)
+    shutil.rmtree(folder / ".work")
+    plain = json.loads((folder / "manifest.json").read_text())
+    plain["dense"]["reference_top1"] = 200.0  # nothing comes near it, while dense.top1 is 50
+    (folder / "manifest.json").write_text(json.dumps(plain))
+    assert cli.main(["validate", str(folder), "--set", "accuracy.max_drop=10", "--json"]) == 1
+    reasons = json.loads(capsys.readouterr().out)["reasons"]
+    assert any("from 200.00 to" in reason for reason in reasons)
+
+
 @pytest.mark.parametrize("verb", ["validate", "inspect"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_named_and_ends_with_2(verb, name, built, tmp_path, capsys):
@@ -142,6 +158,12 @@ def test_inspect_shows_the_sidecar_of_an_engine(tmp_path, capsys):
 
 def hashes(plan):
     return {"sha256": hash_files(plan.parent, [plan.name])[plan.name]}
+
+
+def test_inspect_of_an_empty_onnx_file_is_told(tmp_path, capsys):
+    (tmp_path / "model.onnx").touch()
+    assert cli.main(["inspect", str(tmp_path / "model.onnx")]) == 2
+    assert "model.onnx is cut off or no ONNX file" in capsys.readouterr().err
 
 
 def test_inspect_says_what_it_knows_of(tmp_path, capsys):

@@ -69,6 +69,14 @@ def test_equal_data_has_an_equal_sum_whatever_the_order_of_its_keys():
         canonical_sha256([float("nan")])
 
 
+def test_a_manifest_says_none_of_what_was_not_found(tmp_path):
+    few = {"latency_ms": {"p50": None, "samples": 3}, "top1": None}
+    unknown = {"dense": FIGURES | few, "pruned": FIGURES | few, "parity": {"max_abs": 0.0, "top1_agreement": None}}
+    Manifest.model_validate(PLAIN | unknown | {"files": {}}).write(tmp_path)
+    found = Manifest.load(tmp_path)
+    assert (found.pruned.latency_ms.p50, found.parity.top1_agreement) == (None, None)
+
+
 def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
     write_atomic(tmp_path / "sub" / "a.txt", "old")
     write_atomic(tmp_path / "sub" / "a.txt", b"new")

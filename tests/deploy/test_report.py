@@ -174,6 +174,21 @@ def test_a_page_without_anything_optional_says_what_is_missing():
     assert "<svg" not in page
 
 
+def test_nothing_lost_is_no_negative_zero_and_features_get_no_class():
+    facts = full_facts()
+    paired = {"drop": 0.0, "low": -0.001, "high": 0.001, "lost": 0, "gained": 0, "p_value": 1.0}
+    page = render(
+        replace(
+            facts,
+            accuracy=dict(facts.accuracy) | {"paired": paired},
+            parity={"max_abs": 3.1e-5, "top1_agreement": None, "images": 9},
+        )
+    )
+    assert "-0.00" not in page
+    assert "+0.00 points (+0.00 to +0.00)" in page
+    assert "differ by at most 3.1e-05.</p>" in page
+
+
 def test_names_are_escaped_wherever_they_stand():
     plain, evil = Checker(render(full_facts())), Checker(render(full_facts(EVIL)))
     assert evil.tags == plain.tags

@@ -99,6 +99,15 @@ def test_more_images_than_the_engine_takes_are_split(tmp_path, batch):
         close(model.predict(arrays[0]).logits, by_torch(arrays[:1]))
 
 
+def test_an_engine_that_takes_no_single_image_gets_its_batch_filled(tmp_path):
+    arrays = [picture(i) for i in range(5)]
+    with runtime.load(written(tmp_path, (1, 4), max_batch=4, min_batch=3)) as model:
+        seen, run = [], model.backend.run
+        model.backend.run = lambda chunk: seen.append(len(chunk)) or run(chunk)
+        close(model.predict(arrays).logits, by_torch(arrays))
+    assert seen == [4, 3]
+
+
 def test_the_top_classes_come_with_names_and_probabilities(model):
     logits = np.array([[0.0, np.log(6), np.log(3)], [5.0, 5.0, -np.inf]], np.float32)
     top = runtime.Prediction(logits, ("cat", "dog", "owl")).top(2)

@@ -3,8 +3,8 @@
 Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023, https://arxiv.org/abs/2210.09461. Written from the paper's
 equations. Differs from the authors' code: tokens are summed by a product with a 0/1 matrix (a reducing scatter does
 not parse in TensorRT); the keys are the ones that attention used, after a q/k norm; LayerScale applies; register
-tokens neither merge nor are merged into; a token that nothing was merged into is copied, not multiplied and divided
-by its size.
+tokens neither merge nor are merged into; unmerged patches keep their order even without a class token, where theirs
+go by similarity; a token that nothing was merged into is copied, not multiplied and divided by its size.
 """
 
 from __future__ import annotations

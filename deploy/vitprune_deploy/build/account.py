@@ -33,9 +33,9 @@ def collect(bench: Bench, manifest: Manifest) -> Facts:
         title=f"{profile.model.name} on {profile.device.name or manifest.device['cpu']}",
         description=profile.description or "",
         created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        command=f"vitprune-deploy build {profile.name}.yaml",
+        command="vitprune-deploy build profile.yaml",  # the resolved one: overrides and all
         verdict=Verdict(manifest.verdict, list(manifest.reasons)),
-        limits=limits(bench, found["budget_ms"]),
+        limits=Limits.of(profile, found["budget_ms"]),
         asked=_asked(bench),
         runtime=profile.runtime.name,
         precision=profile.runtime.precision,
@@ -62,31 +62,17 @@ def collect(bench: Bench, manifest: Manifest) -> Facts:
     )
 
 
-def limits(bench: Bench, budget_ms: float) -> Limits:
-    """What the profile asks for, with the budget resolved to milliseconds."""
-    profile = bench.profile
-    return Limits(
-        latency_ms=budget_ms,
-        percentile=profile.budget.percentile,
-        max_drop=profile.accuracy.max_drop,
-        min_top1=profile.accuracy.min_top1,
-        min_agreement=profile.accuracy.min_agreement,
-        memory_mb=profile.budget.memory_mb,
-    )
-
-
 def pictures(bench: Bench) -> tuple[Picture, ...]:
     """Some test images with what is left of them block by block; none where the model reduces no tokens."""
     import torch
 
-    from ..data import batches
+    from ..data import picked
     from ..report import pictures as drawing
 
     part = bench.images.test
     step = max(1, len(part) // SHOWN_IMAGES)
-    shown = part.subset(range(step // 2, len(part), step)[:SHOWN_IMAGES])
-    pixels = torch.cat([torch.from_numpy(found) for found, _ in batches(shown, bench.preprocess, SHOWN_IMAGES)])
-    names = [shown.name(i) for i in range(len(shown))][: len(pixels)]
+    found, shown = picked(part, bench.preprocess, range(step // 2, len(part), step)[:SHOWN_IMAGES])
+    pixels, names = torch.from_numpy(found), [part.name(i) for i in shown]
     return drawing.pictures(bench.pruned, pixels, mean=bench.preprocess.mean, std=bench.preprocess.std, names=names)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,17 @@ from vitprune import parts
 from .. import validate as checks
 from ..artifact import Manifest
 from ..backends.base import Backend
-from ..data import batches
+from ..data import batches, picked
 from ..latency.fingerprint import machine_state
 from ..runtime import Model
 from . import runtimes
-from .account import collect, limits
+from .account import collect
 from .bench import Bench, write_json
 from .make import onnx_name
 
 PACKAGES = ("numpy", "pillow", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt",
             "tensorrt-rtx")  # fmt: skip
+PARITY_BATCH = 64
 
 
 def validation_settings(bench: Bench) -> dict[str, Any]:
@@ -78,6 +81,7 @@ def validate(bench: Bench, folder: Path) -> None:
     found = checks.Figures(
         latency=pruned.percentiles.get(profile.budget.percentile),
         samples=pruned.samples,
+        dense_latency=dense.percentiles.get(profile.budget.percentile),
         top1=accuracy.pruned.percent if accuracy.pruned else None,
         reference_top1=_reference_top1(outputs.logits.get("reference"), outputs.labels, accuracy),
         agreement=accuracy.agreement.percent,
@@ -85,7 +89,7 @@ def validate(bench: Bench, folder: Path) -> None:
         non_finite=accuracy.non_finite,
     )
     figures = {
-        "verdict": asdict(checks.judge(limits(bench, budget_ms), found)),
+        "verdict": asdict(checks.judge(checks.Limits.of(profile, budget_ms), found)),
         "budget_ms": budget_ms,
         "accuracy": accuracy.to_dict(),
         "reference_top1": found.reference_top1,
@@ -93,6 +97,7 @@ def validate(bench: Bench, folder: Path) -> None:
         "pruned_latency": checks.latency_dict(pruned),
         "dense_runs_ms": [round(ms, 4) for ms in dense.runs_ms],
         "pruned_runs_ms": [round(ms, 4) for ms in pruned.runs_ms],
+        "parity": _engine_parity(bench, outputs.logits["pruned"]),
         "memory_mb": memory_mb,
         "size_bytes": {name: checks.size_bytes(path) for name, path in engine_files(bench).items()},
         "machine": machine_state(),
@@ -104,16 +109,17 @@ def engine_files(bench: Bench) -> dict[str, Path]:
     """The engines that are run: dense and pruned, and the dense model in fp32 where these are in another precision."""
     runtime, exported = bench.profile.runtime, bench.folders["export"]
     if runtimes.is_tensorrt(runtime.name):
-        built = {engine["model"]: bench.folders["engines"] / engine["file"] for engine in product_engines(bench)}
-        return {"dense": built["dense"], "pruned": built["model"]}
+        names = {"dense": "dense", "model": "pruned", "reference": "reference"}
+        return {names[e["model"]]: bench.folders["engines"] / e["file"] for e in product_engines(bench)}
     files = {"dense": exported / "dense.onnx", "pruned": exported / "model.onnx"}
     return files | ({"reference": exported / "reference.onnx"} if runtime.precision != "fp32" else {})
 
 
 def product_engines(bench: Bench) -> list[dict[str, Any]]:
-    """The engines that were built in the runtime and precision of the product."""
-    wanted = (bench.profile.runtime.name, bench.profile.runtime.precision)
-    return [e for e in bench.json("engines", "engines.json") if (e["runtime"], e["precision"]) == wanted]
+    """The engines that were built in the runtime and precision of the product, and the fp32 reference."""
+    wanted, precision = bench.profile.runtime.name, bench.profile.runtime.precision
+    built = [e for e in bench.json("engines", "engines.json") if e["runtime"] == wanted]
+    return [e for e in built if e["precision"] == precision or e["model"] == "reference"]
 
 
 def open_engine(bench: Bench, path: Path) -> Model:
@@ -121,7 +127,8 @@ def open_engine(bench: Bench, path: Path) -> Model:
     profile = bench.profile
     kind = parts.load("vitprune_deploy.backends", _backend_name(bench), Backend)  # type: ignore[type-abstract]
     backend = kind.load(path, threads=profile.budget.threads, options=runtimes.load_options(profile))
-    return Model(backend, bench.preprocess, bench.class_names, profile.input.batch.max)
+    least = profile.input.batch.min if runtimes.is_tensorrt(profile.runtime.name) else 1
+    return Model(backend, bench.preprocess, bench.class_names, profile.input.batch.max, least)
 
 
 def _backend_name(bench: Bench) -> str:
@@ -131,9 +138,23 @@ def _backend_name(bench: Bench) -> str:
 def _one_batch(bench: Bench) -> np.ndarray:
     """As many test images as the budget's batch has, again and again if there are fewer."""
     count = bench.profile.batch
-    part = bench.images.test.subset(range(min(count, len(bench.images.test))))
-    pixels = np.concatenate([found for found, _ in batches(part, bench.preprocess, count)])
+    pixels, _ = picked(bench.images.test, bench.preprocess, range(min(count, len(bench.images.test))))
     return np.resize(pixels, (count, *pixels.shape[1:]))
+
+
+def _engine_parity(bench: Bench, logits: np.ndarray) -> dict[str, Any] | None:
+    """How far the engine is from torch; None where it is ONNX Runtime on the CPU, in which the export was compared."""
+    import torch
+
+    runtime = bench.profile.runtime
+    if not runtimes.is_tensorrt(runtime.name) and runtime.provider.lower() in ("cpu", "cpuexecutionprovider"):
+        return None
+    # in the order in which the engine had them, unreadable ones left out
+    rounds = math.ceil(min(bench.profile.validation.parity_images, len(logits)) / PARITY_BATCH)
+    fed = islice(batches(bench.images.test, bench.preprocess, PARITY_BATCH), rounds)
+    with torch.no_grad():
+        by_torch = torch.cat([bench.pruned(torch.from_numpy(pixels)) for pixels, _ in fed])
+    return checks.compare_with_torch(logits, by_torch.numpy()).to_dict()
 
 
 def _reference_top1(logits: np.ndarray | None, labels: np.ndarray, accuracy: checks.Accuracy) -> float | None:
@@ -164,7 +185,8 @@ def make_manifest(bench: Bench) -> Manifest:
     """The manifest, its list of files still empty: they are hashed when they are in their place."""
     profile, found = bench.profile, bench.json("validate", "figures.json")
     exported, searched = bench.json("export", "export.json"), bench.json("search", "search.json")
-    parity = exported["parity"][profile.runtime.precision]
+    # figures.json has a parity where the engine is not the very thing that the export was compared in
+    parity = found["parity"] or exported["parity"][profile.runtime.precision]
     plain = {
         "verdict": found["verdict"]["verdict"],
         "reasons": _reasons(found, searched),
@@ -182,7 +204,7 @@ def make_manifest(bench: Bench) -> Manifest:
             "max_abs": parity["max_abs"],
             "top1_agreement": parity["top1_agreement"],
             "images": parity["images"],
-            "ties": parity["ties"],
+            **({"ties": parity["ties"]} if "ties" in parity else {}),
         },
         "engines": _engines(bench),
         "files": {},
@@ -219,12 +241,14 @@ def _figures(bench: Bench, found: Mapping[str, Any], name: str) -> dict[str, Any
 
     config = bench.dense.config if name == "dense" else bench.pruned.config
     share = found["accuracy"][name]
+    more = {"memory_mb": found["memory_mb"]} if name == "pruned" else {"reference_top1": found["reference_top1"]}
     return {
         "params": params(config),
         "macs": macs(config),
         "top1": share["percent"] if share else None,
         "latency_ms": found[f"{name}_latency"],
         "size_bytes": found["size_bytes"][name],
+        **more,
     }
 
 
@@ -238,9 +262,8 @@ def _engines(bench: Bench) -> list[dict[str, Any]]:
         entries.append({**product, "status": "run", "file": onnx_name(profile, profile.runtime.precision), **loads})
     for engine in bench.json("engines", "engines.json"):
         if engine["model"] == "model":
-            status = "run" if engine["runtime"] == profile.runtime.name else "built"
             built = {name: engine[name] for name in ("runtime", "precision")}
-            entries.append(
-                {**built, "status": status, "file": f"engine/{engine['file']}", "max_batch": loads["max_batch"]}
-            )
+            status = "run" if built == product else "built"
+            served = {"min_batch": profile.input.batch.min, "max_batch": profile.input.batch.max}
+            entries.append({**built, "status": status, "file": f"engine/{engine['file']}", **served})
     return entries

@@ -11,7 +11,7 @@ import yaml
 
 from vitprune.plan import Plan
 
-from ..artifact import canonical_sha256
+from ..artifact import sha256_file
 from ..profile import Profile
 from . import runtimes, training
 from .bench import Bench, load_vit, save_vit, write_json
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vitprune.model.vit import Vit
+
+DENSE_PARITY_IMAGES = 8  # the dense files are not the product: they only must not be wrong
 
 
 def recover_settings(bench: Bench) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def export_settings(bench: Bench) -> dict[str, Any]:
 
 
 def export(bench: Bench, folder: Path) -> None:
-    """Write the dense and the pruned model as ONNX, and compare the pruned one with torch at several shapes."""
+    """Write the dense and the pruned model as ONNX, and compare each file with torch at several shapes."""
     from ..export.parity import check_parity
 
     profile = bench.profile
@@ -79,17 +81,18 @@ def export(bench: Bench, folder: Path) -> None:
     precisions = export_settings(bench)["precisions"]
     wanted |= {onnx_name(profile, precision): (model, precision) for precision in precisions}
     info = {name: _export(bench, which, folder / name, precision) for name, (which, precision) in wanted.items()}
-    parity = {}
-    for precision in precisions:
+    images, parity = parity_images(bench), {}
+    for name, (which, precision) in wanted.items():
         found = check_parity(
-            model,
-            folder / onnx_name(profile, precision),
-            parity_images(bench),
-            batches=sorted({profile.input.batch.min, profile.input.batch.opt, 3} & set(_served(profile))),
+            which,
+            folder / name,
+            images if which is model else images[:DENSE_PARITY_IMAGES],
+            batches=parity_batches(profile),
             image_sizes=parity_sizes(profile, model.config.image_size),
             precision=precision,
         )
-        parity[precision] = asdict(found)
+        if which is model:
+            parity[precision] = asdict(found)
     write_json(folder / "export.json", {"files": info, "parity": parity})
 
 
@@ -102,11 +105,17 @@ def parity_images(bench: Bench) -> Tensor:
     """Images on which the exported file and torch are compared: of the test part."""
     import torch
 
-    from ..data import batches
+    from ..data import picked
 
     count = min(bench.profile.validation.parity_images, len(bench.images.test))
-    part = bench.images.test.subset(range(count))
-    return torch.cat([torch.from_numpy(pixels) for pixels, _ in batches(part, bench.preprocess, 64)])
+    return torch.from_numpy(picked(bench.images.test, bench.preprocess, range(count))[0])
+
+
+def parity_batches(profile: Profile) -> list[int]:
+    """The batch sizes to compare at: two at least, wherever more than one is served."""
+    batch = profile.input.batch
+    inner = {batch.min, batch.opt, 3} & set(range(batch.min, batch.max + 1))
+    return sorted(inner if len(inner) > 1 else {*inner, batch.max})
 
 
 def parity_sizes(profile: Profile, image_size: tuple[int, int]) -> list[tuple[int, int]]:
@@ -139,6 +148,8 @@ def build_engines(bench: Bench, folder: Path) -> None:
     if runtimes.is_tensorrt(profile.runtime.name):
         wanted = [("dense", profile.runtime.name, profile.runtime.precision, "dense.onnx")]
         wanted += [("model", profile.runtime.name, profile.runtime.precision, "model.onnx")]
+        if profile.runtime.precision != "fp32":
+            wanted += [("reference", profile.runtime.name, "fp32", "reference.onnx")]
     else:
         wanted = []
     for engine in profile.runtime.also_build:
@@ -178,7 +189,7 @@ def _export(bench: Bench, model: Vit, path: Path, precision: str) -> dict[str, A
             tokens=[block.patches for block in config.blocks],
             heads=[block.heads for block in config.blocks],
             mlp=[block.mlp for block in config.blocks],
-            plan_sha256=canonical_sha256(config.to_dict()),
+            **({} if model is bench.dense else {"plan_sha256": sha256_file(bench.folders["search"] / "plan.yaml")}),
         ),
         names=("images", "logits" if config.classes else "features"),
     )
@@ -191,10 +202,6 @@ def _sides(profile: Profile, image_size: tuple[int, int]) -> Any:
     if not any(ranges):
         return image_size
     return tuple((r.min, r.max) if r else (size, size) for r, size in zip(ranges, image_size, strict=True))
-
-
-def _served(profile: Profile) -> range:
-    return range(profile.input.batch.min, profile.input.batch.max + 1)
 
 
 def _installed(runtime: str) -> bool:

@@ -63,7 +63,7 @@ STAGES = (
         make.recover_settings, ("torch",), make.recover_accuracy,
     ),
     Stage(
-        "export", ("model", "images", "recover"), ("model.onnx", "dense.onnx", "export.json"),
+        "export", ("model", "images", "search", "recover"), ("model.onnx", "dense.onnx", "export.json"),
         make.export_settings, ("torch", "onnx", "onnxscript"), make.export,
     ),
     Stage("engines", ("export",), ("engines.json",), make.engine_settings, (), make.build_engines),

@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitprune.errors import InputError
+
 from ..backends.base import Backend
 from ..latency.fingerprint import device_fingerprint
 from ..profile import Profile
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
 
     from ..backends.tensorrt import EngineOptions
     from ..latency.wholes import Loader
+
+
+# what a profile calls the package that reaches CUDA -> what the backend does
+CUDA_PACKAGES = {"auto": None, "cuda-bindings": "cuda.bindings", "pycuda": "pycuda"}
+BUILDER_OPTIONS = ("workspace_mb",)
 
 
 def is_tensorrt(name: str) -> bool:
@@ -54,8 +61,10 @@ def loader(profile: Profile) -> Loader:
 def load_options(profile: Profile) -> dict[str, Any]:
     """Options of ``Backend.load`` for the profile's runtime."""
     if is_tensorrt(profile.runtime.name):
-        return {"cuda": profile.runtime.cuda}
-    return {"provider": profile.runtime.provider, "provider_options": dict(profile.runtime.options)}
+        return {"cuda": CUDA_PACKAGES[profile.runtime.cuda]}
+    options = dict(profile.runtime.options)
+    ours = {name: options.pop(name) for name in ("cpu_nodes",) if name in options}
+    return {"provider": profile.runtime.provider, "provider_options": options, **ours}
 
 
 def device(profile: Profile) -> dict[str, Any]:
@@ -85,6 +94,7 @@ def engine_options(profile: Profile, config: VitConfig, runtime: str, cache: Pat
         profiles=({"images": images},),
         module=module(runtime),
         compute_capabilities=capabilities,
+        workspace_mb=_workspace_mb(profile),
         timing_cache=cache,
         timeout_s=profile.runtime.build_timeout_s,
     )
@@ -102,7 +112,26 @@ def _fixed(path: Path, sizes: Mapping[str, int], profile: Profile) -> EngineOpti
         shape = tuple(sizes[d.dim_param] if d.dim_param else d.dim_value for d in dims)
         shapes[value.name] = Shapes(shape, shape, shape)
     base = EngineOptions(profiles=(shapes,), module=module(profile.runtime.name))
-    return replace(base, timeout_s=profile.runtime.build_timeout_s, timing_cache=path.parent / "timing.cache")
+    return replace(
+        base,
+        workspace_mb=_workspace_mb(profile),
+        timeout_s=profile.runtime.build_timeout_s,
+        timing_cache=path.parent / "timing.cache",
+    )
+
+
+def _workspace_mb(profile: Profile) -> int | None:
+    """What the profile lets a builder use; None: as much as there is, as for an engine beside another runtime's."""
+    if not is_tensorrt(profile.runtime.name):
+        return None
+    options = profile.runtime.options
+    for name, value in options.items():
+        if name not in BUILDER_OPTIONS or not isinstance(value, int) or isinstance(value, bool):
+            raise InputError(
+                f"runtime.options: {profile.runtime.name} takes {', '.join(BUILDER_OPTIONS)}, a whole number, "
+                f"got {name}: {value!r}"
+            )
+    return options.get("workspace_mb")  # type: ignore[return-value]  # an int, as was looked at
 
 
 def _version(name: str) -> str:

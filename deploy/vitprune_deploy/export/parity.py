@@ -58,7 +58,7 @@ class Parity:
 
     Attributes:
         max_abs: largest absolute difference of outputs; for ties, with torch following ONNX Runtime's order.
-        top1_agreement: share of images with the same largest logit, ties included; None: the output is no logits.
+        top1_agreement: percent of images with the same largest logit, ties included; None: the output is no logits.
         ties: images in which equal scores were told apart differently.
         images: how many were compared.
         cases: the same for each batch size and image size.
@@ -106,7 +106,7 @@ def check_parity(
     agreed = sum(compared.agreed for compared in everything)
     return Parity(
         max_abs=max(case.max_abs for case in results),
-        top1_agreement=agreed / total if model.config.classes else None,
+        top1_agreement=100 * agreed / total if model.config.classes else None,
         ties=sum(case.ties for case in results),
         images=total,
         cases=tuple(results),

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import figures
 from .facts import Facts, ModelFacts
-from .words import UNKNOWN, count, digits, megabytes, ms, percent, plain
+from .words import UNKNOWN, count, digits, fallen, megabytes, ms, percent, plain
 
 STATUS = {"built": "built, not run here", "run": "built, run and measured here"}
 WORDS = {"pass": "Pass", "fail": "Fail", "unstable": "Unstable"}
@@ -27,7 +27,9 @@ def render(facts: Facts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters: dict[str, Any] = {"percent": percent, "plain": plain, "worst_row": worst_row, "engine_row": engine_row}
+    filters: dict[str, Any] = {
+        "fallen": fallen, "percent": percent, "plain": plain, "worst_row": worst_row, "engine_row": engine_row,
+    }  # fmt: skip
     page.filters.update(filters)
     charts = {
         name: getattr(figures, name)(facts) for name in ("latency", "frontier", "blocks", "wholes", "pieces", "losses")
@@ -60,7 +62,7 @@ def comparison(facts: Facts) -> list[tuple[str, str, str, str]]:
     rows = [_times("Parameters", dense.params, pruned.params, count),
             _times("MACs for one image", dense.macs, pruned.macs, count)]  # fmt: skip
     paired = accuracy.get("paired")
-    change = f"{-paired['drop']:+.2f} points ({-paired['high']:+.2f} to {-paired['low']:+.2f})" if paired else ""
+    change = f"{fallen(paired['drop'])} points ({fallen(paired['high'])} to {fallen(paired['low'])})" if paired else ""
     rows.append(("Top-1 (95% interval)", _share(accuracy.get("dense")), _share(accuracy.get("pruned")), change))
     rows.append(("Names the class that the dense engine names", "", _share(accuracy.get("agreement")), ""))
     for number in sorted({50, 90, 99, facts.limits.percentile}):

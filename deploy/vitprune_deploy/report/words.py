@@ -25,6 +25,11 @@ def percent(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:.2f}%"
 
 
+def fallen(drop: float) -> str:
+    """A drop as the change that it is, signed, to two decimals."""
+    return f"{round(-drop, 2) + 0.0:+.2f}"  # + 0.0, or nothing would be -0.00
+
+
 def count(number: float) -> str:
     """A large number in millions or billions."""
     return f"{digits(number / 1e9)} billion" if number >= 1e9 else f"{digits(number / 1e6)} million"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..latency.protocol import Percentile
+from ..profile import Profile
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,21 @@ class Limits:
     min_top1: float | None = None  # percent
     min_agreement: float | None = None  # percent
     memory_mb: float | None = None
+    relative: bool = False  # the budget comes of the dense model's same percentile, over a speed-up
+
+    @classmethod
+    def of(cls, profile: Profile, budget_ms: float) -> Limits:
+        """What ``profile`` asks for, with its budget resolved to milliseconds."""
+        budget, floors = profile.budget, profile.accuracy
+        return cls(
+            latency_ms=budget_ms,
+            percentile=budget.percentile,
+            max_drop=floors.max_drop,
+            min_top1=floors.min_top1,
+            min_agreement=floors.min_agreement,
+            memory_mb=budget.memory_mb,
+            relative=budget.speedup is not None,
+        )
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,7 @@ class Figures:
     Attributes:
         latency: the budget's percentile of single runs; None where too few runs are behind it.
         samples: those runs.
+        dense_latency: the dense model's, where the budget is relative to it.
         top1, agreement: percent.
         reference_top1: percent, of the dense model in fp32.
         memory_mb: peak of the process's memory that the loaded model added.
@@ -40,6 +57,7 @@ class Figures:
     agreement: float | None = None
     memory_mb: float | None = None
     non_finite: int = 0
+    dense_latency: Percentile | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +81,7 @@ def judge(limits: Limits, figures: Figures) -> Verdict:
 
 def _missed_latency(limits: Limits, figures: Figures) -> list[str]:
     found = figures.latency
-    if found is None or found.unstable or found.value_ms <= limits.latency_ms:
+    if found is None or found.unstable or _undecided_budget(limits, figures) or found.value_ms <= limits.latency_ms:
         return []
     return [
         f"latency p{limits.percentile} {found.value_ms:.3g} ms ({found.low_ms:.3g} to {found.high_ms:.3g}) is over "
@@ -91,9 +109,24 @@ def _missed_accuracy(limits: Limits, figures: Figures) -> list[str]:
     return missed
 
 
+def _undecided_budget(limits: Limits, figures: Figures) -> list[str]:
+    """Why a budget that is relative to the dense model is not known."""
+    if not limits.relative:
+        return []
+    dense = figures.dense_latency
+    if dense is None:
+        return [f"too few runs are behind the dense model's latency p{limits.percentile}, and so behind the budget"]
+    if dense.unstable:
+        return [
+            f"the dense model's latency p{limits.percentile} {dense.value_ms:.3g} ms, which the budget comes of, is "
+            f"known to {dense.low_ms:.3g}..{dense.high_ms:.3g} ms only; repeat on a quiet machine"
+        ]
+    return []
+
+
 def _undecided(limits: Limits, figures: Figures) -> list[str]:
     """What the figures cannot say."""
-    reasons = []
+    reasons = _undecided_budget(limits, figures)
     found = figures.latency
     if found is None:
         reasons.append(f"{figures.samples} runs are too few for latency p{limits.percentile}; raise validation.runs")

@@ -97,11 +97,15 @@ def export(console: Console, name: str, overrides: Sequence[str], out: Path | No
         copy_atomic(file, out / file.name)
         files.append(str(out / file.name))
     rows = [
-        [precision, f"{parity['max_abs']:.2g}", f"{parity['top1_agreement']:.2f}"]
+        [precision, f"{parity['max_abs']:.2g}", _percent(parity["top1_agreement"])]
         for precision, parity in found["parity"].items()
     ]
     text = table(rows, head=["precision", "largest difference from torch", "same class (%)"], right=[1, 2])
     return Answer("\n".join([*files, "", text]), {"files": files, **found})
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def parse_budget(text: str) -> tuple[str, float]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from .. import validate as checks
 from ..artifact import Manifest, sha256_file, verify
 from ..console import Console
-from ..data import ImageSet, batches, open_split
+from ..data import ImageSet, open_split, picked
 from ..latency.fingerprint import compare, device_fingerprint, machine_state
 from ..latency.protocol import Distribution
 from ..profile import Profile, load_profile
@@ -31,11 +32,13 @@ class Found:
     Attributes:
         dense: latency of the dense engine; None: the folder does not hold that engine any more.
         accuracy: of the pruned engine beside the dense one, or beside itself where there is none.
+        memory_mb: of the pruned engine.
     """
 
     dense: Distribution | None
     pruned: Distribution
     accuracy: checks.Accuracy
+    memory_mb: float | None
 
 
 def validate(console: Console, folder: Path, overrides: Sequence[str]) -> Answer:
@@ -57,7 +60,7 @@ def validate(console: Console, folder: Path, overrides: Sequence[str]) -> Answer
         classes = json.loads((folder / "model.json").read_bytes())["classes"] or None
         images = open_split(profile.data, class_names=pruned.classes, num_classes=classes, seed=profile.seed).test
         with console.stage("validate", 1, 1):
-            found = _find(console, profile, models, images)
+            found = _find(console, profile, models, images, _memory(folder, manifest, profile))
         here = device_fingerprint(pruned.backend.runtime, pruned.backend.provider, profile.budget.threads)
     verdict, budget_ms = _judge(profile, manifest, found)
     differences = compare(manifest.device, here)
@@ -85,7 +88,8 @@ def _open(folder: Path, manifest: Manifest, profile: Profile, stack: ExitStack) 
     if file is not None:
         pruned, extra = models["pruned"], _run_engine(manifest)
         backend = type(pruned.backend).load(file, threads=threads, options=extra.get("options"))
-        models["dense"] = stack.enter_context(Model(backend, pruned.preprocess, pruned.classes, extra.get("max_batch")))
+        served = extra.get("max_batch"), extra.get("min_batch", 1)
+        models["dense"] = stack.enter_context(Model(backend, pruned.preprocess, pruned.classes, *served))
     return models
 
 
@@ -108,14 +112,34 @@ def _dense_file(folder: Path, pruned: Model) -> Path | None:
     return None
 
 
-def _find(console: Console, profile: Profile, models: Mapping[str, Model], images: ImageSet) -> Found:
+def _memory(folder: Path, manifest: Manifest, profile: Profile) -> Callable[[np.ndarray], float | None]:
+    """From one batch to the memory that the engine takes, in MB."""
+    engine = next(engine for engine in manifest.engines if engine.status == "run")
+    extra = engine.model_extra or {}
+    return partial(
+        checks.memory_mb,
+        engine.runtime.removesuffix("-rtx"),
+        folder / extra.get("file", "model.onnx"),
+        threads=profile.budget.threads,
+        options=extra.get("options"),
+    )
+
+
+def _find(
+    console: Console,
+    profile: Profile,
+    models: Mapping[str, Model],
+    images: ImageSet,
+    memory_mb: Callable[[np.ndarray], float | None],
+) -> Found:
     wanted, pruned = profile.validation, models["pruned"]
     dense = models.get("dense", pruned)
     outputs = checks.run_models(models, images, batch=profile.batch, threads=2, progress=console.progress)
+    inputs = _one_batch(images, pruned, profile.batch)
     first, second = checks.compare_latency(
         dense,
         pruned,
-        _one_batch(images, pruned, profile.batch),
+        inputs,
         percentile=profile.budget.percentile,
         runs=wanted.runs,
         max_seconds=wanted.max_seconds,
@@ -130,39 +154,40 @@ def _find(console: Console, profile: Profile, models: Mapping[str, Model], image
         unreadable=len(images.unreadable),
         seed=profile.seed,
     )
-    return Found(first if "dense" in models else None, second, accuracy)
+    return Found(first if "dense" in models else None, second, accuracy, memory_mb(inputs))
 
 
 def _one_batch(images: ImageSet, model: Model, batch: int) -> np.ndarray:
     """As many images as the batch has, again and again if there are fewer."""
-    few = images.subset(range(min(batch, len(images))))
-    pixels = np.concatenate([found for found, _ in batches(few, model.preprocess, batch)])
+    pixels, _ = picked(images, model.preprocess, range(min(batch, len(images))))
     return np.resize(pixels, (batch, *pixels.shape[1:]))
 
 
 def _judge(profile: Profile, manifest: Manifest, found: Found) -> tuple[checks.Verdict, float]:
     """The verdict, and the budget in milliseconds that it was judged by."""
-    budget, accuracy, floors = profile.budget, found.accuracy, profile.accuracy
-    budget_ms = manifest.budget.latency_ms
+    budget, accuracy = profile.budget, found.accuracy
+    budget_ms, relative = manifest.budget.latency_ms, False
     if found.dense is not None:
         budget_ms = checks.budget_ms(budget.latency_ms, budget.speedup, found.dense, budget.percentile)
+        relative = budget.speedup is not None
     beside_fp32 = found.dense is not None and profile.runtime.precision == "fp32" and accuracy.dense is not None
-    limits = checks.Limits(
-        latency_ms=budget_ms,
-        percentile=budget.percentile,
-        max_drop=floors.max_drop,
-        min_top1=floors.min_top1,
-        min_agreement=floors.min_agreement,
-    )
     figures = checks.Figures(
         latency=found.pruned.percentiles.get(budget.percentile),
         samples=found.pruned.samples,
+        dense_latency=found.dense.percentiles.get(budget.percentile) if found.dense else None,
         top1=accuracy.pruned.percent if accuracy.pruned else None,
-        reference_top1=accuracy.dense.percent if beside_fp32 and accuracy.dense else manifest.dense.top1,
+        reference_top1=accuracy.dense.percent if beside_fp32 and accuracy.dense else _reference_top1(manifest),
         agreement=None if found.dense is None else accuracy.agreement.percent,
+        memory_mb=found.memory_mb,
         non_finite=accuracy.non_finite,
     )
-    return checks.judge(limits, figures), budget_ms
+    return checks.judge(replace(checks.Limits.of(profile, budget_ms), relative=relative), figures), budget_ms
+
+
+def _reference_top1(manifest: Manifest) -> float | None:
+    """Percent that the dense model in fp32 had right when the folder was built."""
+    extra = manifest.dense.model_extra or {}
+    return extra.get("reference_top1", manifest.dense.top1)
 
 
 def _latencies(found: Found) -> dict[str, Distribution]:

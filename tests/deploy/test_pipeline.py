@@ -1,0 +1,141 @@
+"""Stages of a build by themselves: what they hand to runtimes, what they compare, and what the manifest says of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from vitprune.errors import InputError, MissingError
+from vitprune_deploy.artifact import sha256_file
+from vitprune_deploy.backends import tensorrt
+from vitprune_deploy.backends._cuda import open_cuda
+from vitprune_deploy.build import judge, make, runtimes
+from vitprune_deploy.profile import load_profile
+
+PROFILE = """\
+model: {name: vit_tiny_patch16_224, pretrained: false}
+data: {source: images}
+budget: {speedup: 2}
+accuracy: {min_agreement: 90}
+"""
+
+
+@pytest.fixture
+def profile(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "p.yaml").write_text(PROFILE)
+    return lambda *overrides: load_profile(tmp_path / "p.yaml", overrides)
+
+
+def a_bench(profile, folder, **more):
+    """A bench with two tiny models, and what earlier stages wrote."""
+    for name in ("search", "export", "engines"):
+        (folder / name).mkdir()
+    (folder / "search" / "plan.yaml").write_text("a plan")
+    folders = {name: folder / name for name in ("search", "export", "engines")}
+    models = {"dense": tiny.tiny_vit(), "pruned": tiny.tiny_vit(reducer="evit", keep={0: 30})}
+    shows = SimpleNamespace(say=lambda text: None, progress=lambda *done: None)
+    return SimpleNamespace(profile=profile, folders=folders, shows=shows, **{**models, **more})
+
+
+@pytest.mark.parametrize("cuda", ["auto", "cuda-bindings", "pycuda"])
+def test_every_way_to_cuda_that_a_profile_names_is_one_that_the_backend_knows(profile, cuda):
+    options = runtimes.load_options(profile("runtime.name=tensorrt", f"runtime.cuda={cuda}"))
+    assert options.keys() <= set(tensorrt.OPTIONS)
+    with contextlib.suppress(MissingError):  # the package is known, and not here, or there is no driver
+        open_cuda(options["cuda"])
+
+
+def test_options_of_a_builder_reach_it_and_unknown_ones_are_refused(profile):
+    config = tiny.tiny_config()
+    found = profile("runtime.name=tensorrt", "runtime.options={workspace_mb: 512}")
+    assert runtimes.engine_options(found, config, "tensorrt").workspace_mb == 512
+    with pytest.raises(
+        InputError, match=r"runtime\.options: tensorrt takes workspace_mb, a whole number, got fast: True"
+    ):
+        runtimes.engine_options(profile("runtime.name=tensorrt", "runtime.options={fast: true}"), config, "tensorrt")
+    beside = profile("runtime.options={arena: 1}")
+    assert runtimes.engine_options(beside, config, "tensorrt-rtx").workspace_mb is None
+
+
+def test_nodes_may_be_left_to_the_cpu_by_the_profile(profile):
+    found = runtimes.load_options(profile("runtime.provider=cuda", "runtime.options={cpu_nodes: true, device_id: 1}"))
+    assert found == {"provider": "cuda", "cpu_nodes": True, "provider_options": {"device_id": 1}}
+
+
+@pytest.mark.parametrize(
+    ("batch", "compared"),
+    [("1", [1]), ("{min: 1, opt: 1, max: 2}", [1, 2]), ("{min: 8, opt: 8, max: 16}", [8, 16]),
+     ("{min: 1, opt: 8, max: 8}", [1, 3, 8]), ("{min: 1, opt: 1, max: 64}", [1, 3])],
+)  # fmt: skip
+def test_two_batch_sizes_are_compared_wherever_more_than_one_is_served(profile, batch, compared):
+    assert make.parity_batches(profile(f"input.batch={batch}")) == compared
+
+
+def test_every_exported_file_is_compared_with_torch_and_the_pruned_one_names_its_plan(profile, tmp_path, monkeypatch):
+    import onnx
+
+    from vitprune_deploy.export import parity
+
+    compared, check = [], parity.check_parity
+
+    def checking(model, path, *args, **kinds):
+        compared.append(path.name)
+        return check(model, path, *args, **kinds)
+
+    monkeypatch.setattr(parity, "check_parity", checking)
+    monkeypatch.setattr(make, "parity_images", lambda bench: tiny.images(12))
+    preprocess = SimpleNamespace(to_dict=dict)
+    bench = a_bench(profile("input.batch={min: 1, opt: 1, max: 2}"), tmp_path, preprocess=preprocess)
+    make.export(bench, bench.folders["export"])
+    assert sorted(compared) == ["dense.onnx", "model.onnx"]
+    said = {
+        name: {p.key: p.value for p in onnx.load(tmp_path / "export" / f"{name}.onnx").metadata_props}
+        for name in ("dense", "model")
+    }
+    assert json.loads(said["model"]["vitprune.plan_sha256"]) == sha256_file(tmp_path / "search" / "plan.yaml")
+    assert "vitprune.plan_sha256" not in said["dense"]
+
+
+def test_an_fp16_product_of_tensorrt_is_judged_against_an_fp32_engine(profile, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorrt, "build_engine", lambda onnx, plan, options: plan.write_bytes(b"a plan"))
+    monkeypatch.setattr(make, "_installed", lambda runtime: True)
+    found = profile(
+        "runtime.name=tensorrt", "runtime.precision=fp16", "runtime.also_build=[{name: tensorrt, precision: fp32}]"
+    )
+    bench = a_bench(found, tmp_path)
+    bench.json = lambda stage, name: json.loads((bench.folders[stage] / name).read_text())
+    make.build_engines(bench, bench.folders["engines"])
+    files = judge.engine_files(bench)
+    assert {name: path.name for name, path in files.items()} == {
+        "dense": "dense.tensorrt.fp16.plan",
+        "pruned": "model.tensorrt.fp16.plan",
+        "reference": "reference.tensorrt.fp32.plan",
+    }
+    engines = judge._engines(bench)
+    assert [(e["precision"], e["status"]) for e in engines] == [("fp16", "run"), ("fp32", "built")]
+
+
+def test_an_engine_other_than_the_one_of_the_export_is_compared_with_torch(profile, tmp_path, monkeypatch):
+    images = tiny.images(5)
+    pairs = [(images[:3].numpy(), None), (images[3:].numpy(), None)]
+    monkeypatch.setattr(judge, "batches", lambda part, preprocess, size: iter(pairs))
+    monkeypatch.setattr(judge, "PARITY_BATCH", 3)
+    parts = SimpleNamespace(test=None)
+    bench = a_bench(
+        profile("runtime.name=tensorrt", "validation.parity_images=3"), tmp_path, images=parts, preprocess=None
+    )
+    with torch.no_grad():
+        logits = bench.pruned(images).numpy()
+    logits[0] -= 0.5 * np.eye(10)[logits[0].argmax()]
+    found = judge._engine_parity(bench, logits)
+    assert found["images"] == 3
+    assert found["max_abs"] == pytest.approx(0.5, abs=1e-4)
+    bench.profile = profile()
+    assert judge._engine_parity(bench, logits) is None
