@@ -1,10 +1,18 @@
 """Train the quickstart ViT on Fashion-MNIST from scratch: ``python tools/train_quickstart.py --out DIR``.
 
 A ViT with 10 x 10 patches of 3 x 3 pixels (timm's VisionTransformer, 96 wide, 6 blocks, 4 heads) on the 60,000
-training images resized to 30 x 30, as its evaluation transform does it. It learns first on 5 x 5 patches of 6 x 6
-pixels, at a quarter of the cost; then patch and position embeddings are resized and it goes on with the small ones
-(Beyer et al., FlexiViT, CVPR 2023, https://arxiv.org/abs/2212.08013). The test set is only looked at to write the
-log: the last weights are kept, whatever they score. Interrupted runs go on from the last finished epoch.
+training images resized to 30 x 30, as its evaluation transform does it, in four phases:
+
+- ``coarse``: 5 x 5 patches of 6 x 6 pixels, at a quarter of the cost;
+- ``fine``: patch and position embeddings are resized to small patches, and it goes on (Beyer et al., FlexiViT, CVPR
+  2023, https://arxiv.org/abs/2212.08013);
+- ``teacher``: a small residual CNN, which learns these few images better than a ViT does;
+- ``distilled``: the ViT learns the CNN's answers (Touvron et al., DeiT, ICML 2021, https://arxiv.org/abs/2012.12877,
+  but through the class token, and soft), each batch without a random share of its patches (Liu et al., PatchDropout,
+  WACV 2023, https://arxiv.org/abs/2208.07220), which costs less and makes the model hang on none of them.
+
+The test set is only looked at to write the log: the last weights are kept, whatever they score. An interrupted run goes
+on from the last finished epoch.
 """
 
 from __future__ import annotations
@@ -13,14 +21,15 @@ import argparse
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from safetensors.torch import load_file, save_file
+from timm.layers import PatchDropout, resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,31 +48,55 @@ def main() -> None:
     torch.manual_seed(args.seed)
     train, test = (_tensors(args.source, part) for part in ("train", "t10k"))
 
-    coarse = _phase(_model(COARSE), "coarse", args.coarse_epochs, train, test, args)
+    def learn(phase: Phase, model: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
+        return _learn(phase, model, teacher, train, test, args)
+
+    coarse = learn(Phase("coarse", args.coarse_epochs, lr=1e-3), _model(COARSE))
     fine = _model(FINE)
     fine.load_state_dict(_resized(coarse.state_dict(), fine))
-    fine = _phase(fine, "fine", args.fine_epochs, train, test, args)
-    save_file(fine.state_dict(), args.out / "model.safetensors")
+    fine = learn(Phase("fine", args.fine_epochs, lr=5e-4), fine)
+    teacher = learn(Phase("teacher", args.teacher_epochs, lr=4e-3), _residual_network())
+    model = _model(FINE)
+    model.load_state_dict(fine.state_dict())
+    model = learn(Phase("distilled", args.distilled_epochs, lr=7e-4, least_kept=0.35), model, teacher)
+    save_file(model.state_dict(), args.out / "model.safetensors")
 
 
-def _phase(model: nn.Module, name: str, epochs: int, train: Data, test: Data, args: argparse.Namespace) -> nn.Module:
-    """The moving average of ``model`` after ``epochs`` of training; goes on from where an earlier run stopped."""
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+@dataclass(frozen=True)
+class Phase:
+    """One part of the training, with the peak learning rate of AdamW and the least share of patches in a batch."""
+
+    name: str
+    epochs: int
+    lr: float
+    least_kept: float = 1.0
+
+
+def _learn(
+    phase: Phase, model: nn.Module, teacher: nn.Module | None, train: Data, test: Data, args: argparse.Namespace
+) -> nn.Module:
+    """The moving average of ``model`` after the phase; goes on from where an earlier run stopped."""
+    ema = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema, use_buffers=True)
+    finished = args.out / f"{phase.name}.safetensors"
+    if finished.is_file():
+        average.module.load_state_dict(load_file(finished))
+        return average.module.eval()
     optimizer = torch.optim.AdamW(_groups(model), betas=(0.9, 0.98), fused=True)
-    peak = args.lr if name == "coarse" else args.lr / 2
-    state, first = args.out / f"{name}.pt", 0
+    state, first = args.out / f"{phase.name}.pt", 0
     if state.is_file():
         saved = torch.load(state, weights_only=True)
         for part, values in zip((model, average, optimizer), saved["parts"], strict=True):
             part.load_state_dict(values)
         first = saved["epoch"] + 1
-    for epoch in range(first, epochs):
+    for epoch in range(first, phase.epochs):
         started = time.time()
-        loss = _epoch(model, average, optimizer, train, epoch, epochs, peak, args.seed)
-        row = {"phase": name, "epoch": epoch, "loss": round(loss, 4), "seconds": round(time.time() - started)}
+        loss = _epoch(phase, model, teacher, average, optimizer, train, epoch, args.seed)
+        row = {"phase": phase.name, "epoch": epoch, "loss": round(loss, 4), "seconds": round(time.time() - started)}
         _log(args.out / "train_log.jsonl", row | {"test_top1": round(100 * _top1(average.module, *test), 2)})
         torch.save({"epoch": epoch, "parts": [part.state_dict() for part in (model, average, optimizer)]}, state)
-    return average.module
+    save_file({name: value.contiguous() for name, value in average.module.state_dict().items()}, finished)
+    return average.module.eval()
 
 
 def _arguments() -> argparse.Namespace:
@@ -72,13 +105,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--source", type=Path, default=DEFAULT_SOURCE, help="folder of the four IDX files")
     parser.add_argument("--coarse-epochs", type=int, default=18)
     parser.add_argument("--fine-epochs", type=int, default=10)
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW; half of it in phase two")
+    parser.add_argument("--teacher-epochs", type=int, default=10)
+    parser.add_argument("--distilled-epochs", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def _model(patch_size: int) -> nn.Module:
     model = timm.create_model("vit_tiny_patch16_224", patch_size=patch_size, **ARCHITECTURE)
+    model.patch_drop = PatchDropout(0.0, num_prefix_tokens=1)
     for block in model.blocks:
         block.attn.fused_attn = False  # measured on CPU, torch 2.14: the fused kernel's backward pass is 2x slower
         for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
@@ -86,6 +121,27 @@ def _model(patch_size: int) -> nn.Module:
     with torch.no_grad():
         model.pos_embed[0, 1:] = _sines(model.patch_embed.grid_size[0], model.embed_dim)
     return model
+
+
+def _residual_network(width: int = 32) -> nn.Module:
+    def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
+        layer = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        return nn.Sequential(layer, nn.BatchNorm2d(outputs))
+
+    class Residual(nn.Module):
+        def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+            super().__init__()
+            self.path = nn.Sequential(convolution(inputs, outputs, stride), nn.ReLU(), convolution(outputs, outputs))
+            same = inputs == outputs and stride == 1
+            self.around = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.around(x) + self.path(x))
+
+    stages = [Residual(width, 2 * width, 2), Residual(2 * width, 2 * width)]
+    stages += [Residual(2 * width, 4 * width, 2), Residual(4 * width, 4 * width)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10)]
+    return nn.Sequential(convolution(1, width), nn.ReLU(), *stages, *head).to(memory_format=torch.channels_last)
 
 
 def _sines(grid: int, dim: int) -> Tensor:
@@ -113,16 +169,17 @@ def _tensors(source: Path, part: str) -> Data:
 
 
 def _groups(model: nn.Module) -> list[dict[str, object]]:
-    """Weight decay for matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    return [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    """Weight decay for matrices and the CNN's kernels only."""
+    decayed = {n: p for n, p in model.named_parameters() if p.ndim in (2, 4) and not n.startswith("patch_embed")}
+    others = [p for n, p in model.named_parameters() if n not in decayed]
+    return [{"params": list(decayed.values()), "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
 
 
-def _epoch(model, average, optimizer, train: Data, epoch: int, epochs: int, peak: float, seed: int) -> float:
+def _epoch(phase, model, teacher, average, optimizer, train: Data, epoch: int, seed: int) -> float:
     """Mean training loss of one pass; the order and the augmentation depend on the seed and the epoch alone."""
     images, labels = train
     generator = torch.Generator().manual_seed(seed * 1000 + epoch)
+    torch.manual_seed(seed * 1000 + epoch)  # of patch dropout
     steps = len(images) // BATCH
     order = torch.randperm(len(images), generator=generator)
     total = 0.0
@@ -130,10 +187,10 @@ def _epoch(model, average, optimizer, train: Data, epoch: int, epochs: int, peak
     for step in range(steps):
         pick = order[step * BATCH : (step + 1) * BATCH]
         for group in optimizer.param_groups:
-            group["lr"] = peak * _schedule((epoch + step / steps) / epochs, warmup=1 / epochs)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(_augment(images[pick], generator))
-        loss = F.cross_entropy(logits.float(), labels[pick], label_smoothing=0.1)
+            group["lr"] = phase.lr * _schedule((epoch + step / steps) / phase.epochs, warmup=1 / phase.epochs)
+        if phase.least_kept < 1:
+            model.patch_drop.prob = (1 - phase.least_kept) * float(torch.rand(()))
+        loss = _loss(model, teacher, _augment(images[pick], generator), labels[pick])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -141,6 +198,18 @@ def _epoch(model, average, optimizer, train: Data, epoch: int, epochs: int, peak
         average.update_parameters(model)
         total += loss.item()
     return total / steps
+
+
+def _loss(model: nn.Module, teacher: nn.Module | None, images: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy with smoothed labels; under a teacher, a third of it and two thirds of the KL at temperature 2."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(images).float()
+        if teacher is None:
+            return F.cross_entropy(logits, labels, label_smoothing=0.1)
+        with torch.no_grad():
+            wanted = teacher(images.contiguous(memory_format=torch.channels_last)).float()
+    soft, hard = (wanted / 2).log_softmax(-1), F.cross_entropy(logits, labels)
+    return hard / 3 + 4 * 2 / 3 * F.kl_div((logits / 2).log_softmax(-1), soft, reduction="batchmean", log_target=True)
 
 
 def _schedule(done: float, warmup: float) -> float:
