@@ -166,9 +166,11 @@ def test_json_never_holds_what_is_no_json(monkeypatch, capsys):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_interrupts_with_130_and_what_is_half_done_is_cleaned_up(sent):
     code = """
-import pathlib, time
+import pathlib, signal, time
 from vitprune_deploy.verbs import building, lists
 from vitprune_deploy.cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it from the start
 
 def slow():
     try:
