@@ -12,7 +12,7 @@ from vitprune.errors import BudgetUnreachable, InputError
 from ..console import Console
 from ..profile import Profile, load_profile
 from .answer import Answer, milliseconds, table
-from .figures import account, block_rows
+from .figures import account, block_rows, percent
 
 if TYPE_CHECKING:
     from vitprune.search.frontier import Point
@@ -97,15 +97,11 @@ def export(console: Console, name: str, overrides: Sequence[str], out: Path | No
         copy_atomic(file, out / file.name)
         files.append(str(out / file.name))
     rows = [
-        [precision, f"{parity['max_abs']:.2g}", _percent(parity["top1_agreement"])]
+        [precision, f"{parity['max_abs']:.2g}", percent(parity["top1_agreement"])]
         for precision, parity in found["parity"].items()
     ]
     text = table(rows, head=["precision", "largest difference from torch", "same class (%)"], right=[1, 2])
     return Answer("\n".join([*files, "", text]), {"files": files, **found})
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def parse_budget(text: str) -> tuple[str, float]:

@@ -27,7 +27,7 @@ def comparison(manifest: Manifest) -> str:
     if budget.percentile not in (50, 90, 99):
         rows.append([f"latency p{budget.percentile} (ms)", "", "", f"<= {milliseconds(budget.latency_ms)}"])
     rows.append(["predicted latency (ms)", "", milliseconds(pruned.predicted_latency_ms), ""])
-    rows.append(["top-1 (%)", _percent(dense.top1), _percent(pruned.top1), ""])
+    rows.append(["top-1 (%)", percent(dense.top1), percent(pruned.top1), ""])
     rows.append(["parameters (million)", f"{dense.params / 1e6:.3f}", f"{pruned.params / 1e6:.3f}", ""])
     rows.append(["multiply-accumulates (million)", f"{dense.macs / 1e6:.1f}", f"{pruned.macs / 1e6:.1f}", ""])
     rows.append(["largest difference from torch", "", f"{manifest.parity.max_abs:.2g}", ""])
@@ -59,5 +59,6 @@ def block_counts(config: Mapping[str, Any]) -> dict[str, list[int]]:
     return found
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """With two decimals; '-' where it is not known."""
     return "-" if value is None else f"{value:.2f}"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import validate as checks
-from ..artifact import Manifest, sha256_file, verify
+from ..artifact import EngineEntry, Manifest, sha256_file, verify
 from ..console import Console
 from ..data import ImageSet, open_split, picked
 from ..latency.fingerprint import compare, device_fingerprint, machine_state
@@ -86,16 +86,17 @@ def _open(folder: Path, manifest: Manifest, profile: Profile, stack: ExitStack) 
     models = {"pruned": stack.enter_context(load(folder, threads=threads))}
     file = _dense_file(folder, models["pruned"])
     if file is not None:
-        pruned, extra = models["pruned"], _run_engine(manifest)
+        pruned, (_, extra) = models["pruned"], _run_engine(manifest)
         backend = type(pruned.backend).load(file, threads=threads, options=extra.get("options"))
         served = extra.get("max_batch"), extra.get("min_batch", 1)
         models["dense"] = stack.enter_context(Model(backend, pruned.preprocess, pruned.classes, *served))
     return models
 
 
-def _run_engine(manifest: Manifest) -> Mapping[str, Any]:
-    """What the manifest says beyond the usual of the engine that the build ran."""
-    return next((engine.model_extra or {} for engine in manifest.engines if engine.status == "run"), {})
+def _run_engine(manifest: Manifest) -> tuple[EngineEntry, Mapping[str, Any]]:
+    """The engine that the build ran, and what the manifest says of it beyond the usual; ``load`` found it there."""
+    engine = next(engine for engine in manifest.engines if engine.status == "run")
+    return engine, engine.model_extra or {}
 
 
 def _dense_file(folder: Path, pruned: Model) -> Path | None:
@@ -114,8 +115,7 @@ def _dense_file(folder: Path, pruned: Model) -> Path | None:
 
 def _memory(folder: Path, manifest: Manifest, profile: Profile) -> Callable[[np.ndarray], float | None]:
     """From one batch to the memory that the engine takes, in MB."""
-    engine = next(engine for engine in manifest.engines if engine.status == "run")
-    extra = engine.model_extra or {}
+    engine, extra = _run_engine(manifest)
     return partial(
         checks.memory_mb,
         engine.runtime.removesuffix("-rtx"),
