@@ -21,7 +21,7 @@ from vitprune import parts
 from .. import validate as checks
 from ..artifact import Manifest
 from ..backends.base import Backend
-from ..data import batches, picked
+from ..data import batches
 from ..latency.fingerprint import machine_state
 from ..runtime import Model
 from . import runtimes
@@ -53,7 +53,7 @@ def validate(bench: Bench, folder: Path) -> None:
     with ExitStack() as stack:
         models = {name: stack.enter_context(open_engine(bench, path)) for name, path in engine_files(bench).items()}
         outputs = checks.run_models(models, tested, batch=profile.batch, threads=2, progress=show)
-        inputs = _one_batch(bench)
+        inputs = checks.one_batch(tested, bench.preprocess, profile.batch)
         dense, pruned = checks.compare_latency(
             models["dense"],
             models["pruned"],
@@ -133,13 +133,6 @@ def open_engine(bench: Bench, path: Path) -> Model:
 
 def _backend_name(bench: Bench) -> str:
     return bench.profile.runtime.name.removesuffix("-rtx")
-
-
-def _one_batch(bench: Bench) -> np.ndarray:
-    """As many test images as the budget's batch has, again and again if there are fewer."""
-    count = bench.profile.batch
-    pixels, _ = picked(bench.images.test, bench.preprocess, range(min(count, len(bench.images.test))))
-    return np.resize(pixels, (count, *pixels.shape[1:]))
 
 
 def _engine_parity(bench: Bench, logits: np.ndarray) -> dict[str, Any] | None:

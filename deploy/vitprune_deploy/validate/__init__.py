@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .accuracy import Accuracy, Paired, Parity, Share, compare_accuracy, compare_with_torch, run_models
-from .cost import budget_ms, compare_latency, latency_dict, memory_mb, size_bytes
+from .cost import budget_ms, compare_latency, latency_dict, memory_mb, one_batch, size_bytes
 from .judge import Figures, Limits, Verdict, judge
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "judge",
     "latency_dict",
     "memory_mb",
+    "one_batch",
     "run_models",
     "size_bytes",
 ]

@@ -14,6 +14,7 @@ import numpy as np
 
 from vitprune.errors import InputError
 
+from ..data import ImageSet, Preprocess, picked
 from ..latency.protocol import Distribution, Progress, percentiles
 from ..latency.visits import Subject
 from ..runtime import Model
@@ -44,6 +45,12 @@ with kind.load(pathlib.Path(what["model"]), **what["load"]) as engine:
         engine.run(inputs)
 print((kilobytes("VmHWM") - before) * 1.024)
 """
+
+
+def one_batch(images: ImageSet, preprocess: Preprocess, batch: int) -> np.ndarray:
+    """As many of the images as the batch has, float32 [B, C, H, W]; again and again if there are fewer."""
+    pixels, _ = picked(images, preprocess, range(min(batch, len(images))))
+    return np.resize(pixels, (batch, *pixels.shape[1:]))
 
 
 def compare_latency(

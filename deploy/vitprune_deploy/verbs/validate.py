@@ -15,7 +15,7 @@ import numpy as np
 from .. import validate as checks
 from ..artifact import EngineEntry, Manifest, sha256_file, verify
 from ..console import Console
-from ..data import ImageSet, open_split, picked
+from ..data import ImageSet, open_split
 from ..latency.fingerprint import compare, device_fingerprint, machine_state
 from ..latency.protocol import Distribution
 from ..profile import Profile, load_profile
@@ -135,7 +135,7 @@ def _find(
     wanted, pruned = profile.validation, models["pruned"]
     dense = models.get("dense", pruned)
     outputs = checks.run_models(models, images, batch=profile.batch, threads=2, progress=console.progress)
-    inputs = _one_batch(images, pruned, profile.batch)
+    inputs = checks.one_batch(images, pruned.preprocess, profile.batch)
     first, second = checks.compare_latency(
         dense,
         pruned,
@@ -155,12 +155,6 @@ def _find(
         seed=profile.seed,
     )
     return Found(first if "dense" in models else None, second, accuracy, memory_mb(inputs))
-
-
-def _one_batch(images: ImageSet, model: Model, batch: int) -> np.ndarray:
-    """As many images as the batch has, again and again if there are fewer."""
-    pixels, _ = picked(images, model.preprocess, range(min(batch, len(images))))
-    return np.resize(pixels, (batch, *pixels.shape[1:]))
 
 
 def _judge(profile: Profile, manifest: Manifest, found: Found) -> tuple[checks.Verdict, float]:
