@@ -190,7 +190,7 @@ def test_two_processes_agree_when_to_stop_and_on_the_weights(tmp_path):
     subprocess.run(
         command,
         cwd=tmp_path,
-        env=os.environ | {"ACCELERATE_USE_CPU": "1", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         timeout=300,
         check=True,
     )

@@ -1,7 +1,7 @@
 """Train the quickstart ViT on Fashion-MNIST from scratch: ``python tools/train_quickstart.py --out DIR``.
 
 A ViT with 10 x 10 patches of 3 x 3 pixels (timm's VisionTransformer, 96 wide, 6 blocks, 4 heads) on the 60,000
-training images resized to 30 x 30, as its evaluation transform does it, in four phases:
+training images resized to 30 x 30, as its evaluation transform does it, in five phases:
 
 - ``coarse``: 5 x 5 patches of 6 x 6 pixels, at a quarter of the cost;
 - ``fine``: patch and position embeddings are resized to small patches, and it goes on (Beyer et al., FlexiViT, CVPR
@@ -9,7 +9,9 @@ training images resized to 30 x 30, as its evaluation transform does it, in four
 - ``teacher``: a small residual CNN, which learns these few images better than a ViT does;
 - ``distilled``: the ViT learns the CNN's answers (Touvron et al., DeiT, ICML 2021, https://arxiv.org/abs/2012.12877,
   but through the class token, and soft), each batch without a random share of its patches (Liu et al., PatchDropout,
-  WACV 2023, https://arxiv.org/abs/2208.07220), which costs less and makes the model hang on none of them.
+  WACV 2023, https://arxiv.org/abs/2208.07220), which costs less and makes the model hang on none of them;
+- ``restarted``: the same once more, from a high learning rate again (Loshchilov and Hutter, SGDR, ICLR 2017,
+  https://arxiv.org/abs/1608.03983).
 
 The test set is only looked at to write the log: the last weights are kept, whatever they score. An interrupted run goes
 on from the last finished epoch.
@@ -59,6 +61,7 @@ def main() -> None:
     model = _model(FINE)
     model.load_state_dict(fine.state_dict())
     model = learn(Phase("distilled", args.distilled_epochs, lr=7e-4, least_kept=0.35), model, teacher)
+    model = learn(Phase("restarted", args.restarted_epochs, lr=5e-4, least_kept=0.35), model, teacher)
     save_file(model.state_dict(), args.out / "model.safetensors")
 
 
@@ -107,6 +110,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--fine-epochs", type=int, default=10)
     parser.add_argument("--teacher-epochs", type=int, default=10)
     parser.add_argument("--distilled-epochs", type=int, default=12)
+    parser.add_argument("--restarted-epochs", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

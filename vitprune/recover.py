@@ -129,7 +129,10 @@ class _Run:
         from accelerate import Accelerator
 
         torch.manual_seed(settings.seed)
-        self.accelerator = Accelerator(mixed_precision="bf16" if _multiplies_bfloat16() else "no")
+        self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # unasked, processes on CPUs would each train on their own
+            mixed_precision="bf16" if _multiplies_bfloat16() else "no",
+        )
         self.settings, self.plain = settings, student
         self.teacher = teacher.to(self.accelerator.device).eval()
         self.with_patches = all(block.patches is None for block in student.config.blocks)

@@ -107,6 +107,20 @@ def test_a_coarse_frontier_ends_under_the_budget_and_says_so():
     assert "no plan landed in the window" in found.reason
 
 
+def test_where_nothing_landed_a_time_too_noisy_to_trust_is_left_for_a_safe_one():
+    made = fine_problem(3)
+    plans = made.solve([0.4 * made.predict_ms(dense()), made.predict_ms(dense())])
+    close, safe = (plans.best(share * made.predict_ms(dense())) for share in (0.5, 0.45))
+    shares = {dense(): (1.0, 0.0), close.counts: (0.499, 0.03), safe.counts: (0.45, 0.03)}  # of the dense time
+
+    def device(counts):
+        return [Measured(100 * ms, 100 * (ms - half), 100 * (ms + half)) for ms, half in map(shares.get, counts)]
+
+    found = land(made, Target(speedup=2), device, Approach(candidates=2, rounds=1), first=[close, safe])
+    assert found.status == "under"
+    assert found.chosen.point.counts == safe.counts
+
+
 def test_nothing_to_prune_is_unreachable_with_the_dense_model_as_the_fastest():
     made = replace(fine_problem(0), sizes=Sizes((), (), ()))
     found = land(made, Target(speedup=2), Device(made, 0, noise=0.0))
