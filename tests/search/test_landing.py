@@ -146,6 +146,24 @@ def test_plans_given_first_are_measured_first_and_the_true_loss_decides():
     assert found.chosen.point.counts == asked[-1][-1]
 
 
+def test_what_is_measured_while_the_machine_is_slow_is_measured_again():
+    made = fine_problem(1)
+    device, slow_calls = Device(made, 1, noise=0.003), (4, 6)
+
+    def slow_at_times(plans):
+        times = device(plans)
+        if len(device.calls) not in slow_calls:
+            return times
+        paces = [1.45, *[1.8] * (len(plans) - 1)]  # the dense model's ratio to the others is not the usual one then
+        return [Measured(*(pace * ms for ms in time)) for pace, time in zip(paces, times, strict=True)]
+
+    found = land(made, Target(speedup=2), slow_at_times, anchors=device.anchors())
+    assert found.status == "landed"
+    assert device.calls[3] == device.calls[4]
+    assert all(row.measured.ms < 1.1 * found.dense_ms for row in found.rows)
+    assert 0.96 < device.truth(found.chosen.point.counts) / (device.truth(dense()) / 2) < 1.01
+
+
 def test_rows_tell_prediction_from_measurement():
     made = fine_problem(0)
     found = land(made, Target(speedup=1.5), Device(made, 0))

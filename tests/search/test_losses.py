@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from vitprune.errors import InputError, NotSupported
 from vitprune.model.vit import fingerprint
-from vitprune.search.losses import LossTable, Sizes, measure_losses
+from vitprune.search.losses import LossTable, Sizes, measure_losses, with_token_method
 from vitprune.search.probes import ending_early
 from vitprune.search.survey import curve_through, levels_to_measure
 from vitprune.surgery import prune
@@ -38,6 +38,18 @@ def plan_loss(model, pictures, rankings, heads, mlp, patches=None, reducer=None)
     patches = patches or [None] * len(heads)
     plan = rankings.plan(fingerprint(model), heads, mlp, patches, patches=49, reducer=reducer)
     return kl(model(pictures), prune(model, plan, rankings.weights(heads, mlp))(pictures))
+
+
+def test_another_token_method_is_measured_alone_and_gives_what_it_gives_from_the_start():
+    model, pictures = tiny_vit(), images(6)
+    first, _ = measure_losses(model, pictures, SIZES, criterion="magnitude", token_method="evit", probes=4)
+    told = []
+    both = with_token_method(first, "tome", model, pictures, SIZES, probes=4, progress=lambda *a: told.append(a))
+    alone, _ = measure_losses(model, pictures, SIZES, criterion="magnitude", token_method="tome", probes=4)
+    assert (both.heads, both.mlp, both.token_method) == (first.heads, first.mlp, "tome")
+    for found, wanted in zip(both.tokens, alone.tokens, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-7)
+    assert told[-1][0] == told[-1][1] == len(told)  # progress ends where it said it would
 
 
 def test_all_units_and_all_patches_cost_nothing_and_less_never_costs_less(measured):

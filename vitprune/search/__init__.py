@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .frontier import Point, from_rows, pick, to_rows
     from .landing import Approach, Landed, Measured, Target, land
     from .latency import Circumstances, LatencyTable, Levels, Pieces
-    from .losses import Evaluator, LossTable, Rankings, measure_losses
+    from .losses import Evaluator, LossTable, Rankings, measure_losses, with_token_method
     from .problem import Plans, Problem, ladder, multiples
     from .solver import Frontier, Solution, solve
 
@@ -50,7 +50,7 @@ _HOMES = {
     "frontier": ("Point", "from_rows", "pick", "to_rows"),
     "landing": ("Approach", "Landed", "Measured", "Target", "land"),
     "latency": ("Circumstances", "LatencyTable", "Levels", "Pieces"),
-    "losses": ("Evaluator", "LossTable", "Rankings", "measure_losses"),
+    "losses": ("Evaluator", "LossTable", "Rankings", "measure_losses", "with_token_method"),
     "problem": ("Plans", "Problem", "ladder", "multiples"),
     "solver": ("Frontier", "Solution", "solve"),
 }
@@ -92,6 +92,7 @@ __all__ = [
     "refine",
     "solve",
     "to_rows",
+    "with_token_method",
 ]
 
 

@@ -11,7 +11,7 @@ twice.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ __all__ = [
     "evaluate_counts",
     "kl_to_dense",
     "measure_losses",
+    "with_token_method",
 ]
 
 
@@ -150,6 +151,32 @@ def measure_losses(
     if store:
         save_index(store, rankings)
     return table, rankings
+
+
+def with_token_method(
+    table: LossTable,
+    token_method: str,
+    model: Vit,
+    images: Tensor,
+    sizes: Sizes,
+    *,
+    probes: int = 64,
+    progress: Progress | None = None,
+) -> LossTable:
+    """``table``, with the losses of another token method: those of heads and hidden units are not measured again.
+
+    Args:
+        model, images, sizes, probes: as they were given to ``measure_losses`` for ``table``.
+
+    Raises:
+        NotSupported: the token method cannot act on this model.
+    """
+    survey = Survey(model, sizes, None, _token_method(model, token_method), None, progress)
+    curves = []
+    for step in stream_blocks(model, images[:probes], moments=False):
+        survey.enter(step, probes)
+        curves.append(survey.token_curve(step.number))
+    return replace(table, tokens=curves, token_method=token_method)
 
 
 def _token_method(model: Vit, name: str | None) -> type[Reducer] | None:

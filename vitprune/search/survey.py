@@ -24,6 +24,7 @@ class Survey:
     """Goes through the blocks of one model; each must be ranked, then entered, before its curves are asked for.
 
     Args:
+        criterion: ranks heads and hidden units; None where only token curves are asked for.
         method: the token method; None where tokens are not reduced.
         gates: per block and half, what ``gate_gradients`` found; None where the criterion needs none.
     """
@@ -32,7 +33,7 @@ class Survey:
         self,
         model: Vit,
         sizes: Sizes,
-        criterion: Criterion,
+        criterion: Criterion | None,
         method: type[Reducer] | None,
         gates: Sequence[Mapping[Half, Tensor]] | None,
         progress: Progress | None,
@@ -50,6 +51,8 @@ class Survey:
 
     def rank(self, step: BlockPass) -> dict[Half, Ranking]:
         """The rankings of a block's halves, with weights as the block's Linears take them."""
+        if self.criterion is None:
+            return {}
         block = self.blocks[step.number]
         gates = self.gates[step.number] if self.gates is not None else {}
         found = {}
@@ -131,7 +134,8 @@ class Survey:
     def _steps(self, index: int) -> int:
         """Steps of progress that block ``index`` takes."""
         block = self.blocks[index]
-        units = {half: layer.in_features // unit_sizes(block)[half] for half, layer in out_layers(block).items()}
+        halves = out_layers(block) if self.criterion else {}
+        units = {half: layer.in_features // unit_sizes(block)[half] for half, layer in halves.items()}
         widths = sum(1 + len(levels_to_measure(self._levels(half, n))) for half, n in units.items())
         return widths + sum(self._reaches(index, counts) for counts in self.routes.values())
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from vitprune.model.vit import Vit
     from vitprune.search.counts import TokenMethod
 
+RANKINGS = "rankings"  # in the folder of the stage that measures losses
+
 
 class Shows(Protocol):
     """Whoever shows a person how far a build is; see ``console.Console``."""

@@ -16,7 +16,7 @@ from vitprune.errors import BudgetUnreachable
 
 from ..artifact import canonical_sha256, sha256_file
 from . import runtimes
-from .bench import Bench, write_json
+from .bench import RANKINGS, Bench, write_json
 
 if TYPE_CHECKING:
     from vitprune.search.correct import Refined
@@ -126,22 +126,28 @@ def loss_settings(bench: Bench) -> dict[str, Any]:
 
 
 def survey_losses(bench: Bench, folder: Path) -> None:
-    """Measure what each single change costs, once for each token method that is in question."""
-    from vitprune.search.losses import measure_losses
+    """Measure what each single change costs: of heads and hidden units once, of tokens with each method in question."""
+    from vitprune.search.losses import measure_losses, with_token_method
 
     names: list[str | None] = [method.name for method in bench.token_methods()] or [None]
+    allowed, probes = sizes(bench), bench.profile.search.probe_images
+    table, _ = measure_losses(
+        bench.dense,
+        bench.search_images,
+        allowed,
+        criterion=bench.profile.prune.criterion,
+        token_method=names[0],
+        probes=probes,
+        progress=_nth(bench, 0, len(names)),
+        store=folder / RANKINGS,
+    )
     for number, name in enumerate(names):
-        table, _ = measure_losses(
-            bench.dense,
-            bench.search_images,
-            sizes(bench),
-            criterion=bench.profile.prune.criterion,
-            token_method=name,
-            probes=bench.profile.search.probe_images,
-            progress=_nth(bench, number, len(names)),
-            store=folder / (name or "none"),
-        )
-        write_json(folder / (name or "none") / "losses.json", table.to_dict())
+        if number and name:
+            told = _nth(bench, number, len(names))
+            table = with_token_method(
+                table, name, bench.dense, bench.search_images, allowed, probes=probes, progress=told
+            )
+        write_json(folder / f"losses-{name or 'none'}.json", table.to_dict())
     write_json(folder / "methods.json", names)
 
 
@@ -219,11 +225,11 @@ def _contest(bench: Bench, method: TokenMethod | None) -> Contest:
     from vitprune.search.problem import Problem
 
     name = method.name if method else "none"
-    store, wanted = bench.folders["losses"] / name, bench.profile.search
+    measured, wanted = bench.folders["losses"], bench.profile.search
     table = LatencyTable.from_dict(bench.json("measure", "latency_table.json"))
-    losses = LossTable.from_dict(json.loads((store / "losses.json").read_bytes()))
+    losses = LossTable.from_dict(json.loads((measured / f"losses-{name}.json").read_bytes()))
     problem = Problem(table, _only_blocks(losses, bench.profile.prune.tokens.blocks), method, sizes(bench))
-    rankings, reducer = Rankings.load(store), method.name if method else None
+    rankings, reducer = Rankings.load(measured / RANKINGS), method.name if method else None
     evaluate = Evaluator(bench.dense, rankings, bench.search_images[: wanted.probe_images], token_method=reducer)
     held_out = Evaluator(bench.dense, rankings, bench.holdout_images, token_method=reducer)
     effort = Effort(max(1, wanted.evaluations), wanted.max_seconds, seed=bench.profile.seed)

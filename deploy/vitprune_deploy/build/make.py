@@ -14,7 +14,7 @@ from vitprune.plan import Plan
 from ..artifact import sha256_file
 from ..profile import Profile
 from . import runtimes, training
-from .bench import Bench, load_vit, save_vit, write_json
+from .bench import RANKINGS, Bench, load_vit, save_vit, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,8 +51,7 @@ def slim_model(bench: Bench) -> tuple[Vit, bool]:
     plan = Plan.from_dict(yaml.safe_load((bench.folders["search"] / "plan.yaml").read_bytes()))
     if plan.blocks == dense_plan(bench.dense).blocks:
         return load_vit(bench.folders["model"], "dense"), False
-    method = bench.json("search", "search.json")["method"]
-    rankings = Rankings.load(bench.folders["losses"] / (method or "none"))
+    rankings = Rankings.load(bench.folders["losses"] / RANKINGS)
     weights = rankings.weights([len(b.heads) for b in plan.blocks], [len(b.mlp) for b in plan.blocks])
     return prune(bench.dense, plan, weights), True
 

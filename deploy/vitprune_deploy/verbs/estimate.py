@@ -72,7 +72,7 @@ def _losses(bench: Bench, image_s: float, blocks: int) -> float:
     """Each level of each half of each block is one pass of the probes through the blocks behind it."""
     allowed, methods = sizes(bench), bench.token_methods()
     halves = len(allowed.heads) + len(allowed.mlp)
-    passes = blocks * (halves * max(1, len(methods)) + len(allowed.patches) * len(methods))
+    passes = blocks * (halves + len(allowed.patches) * len(methods))
     probes = bench.profile.search.probe_images
     return image_s * (HALF * passes * probes + 2 * TRAINING * (bench.profile.data.calibration.images or 0))
 
