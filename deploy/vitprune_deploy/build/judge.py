@@ -23,6 +23,7 @@ from ..artifact import Manifest
 from ..backends.base import Backend
 from ..data import batches
 from ..latency.fingerprint import machine_state
+from ..latency.protocol import Distribution
 from ..runtime import Model
 from . import runtimes
 from .account import collect
@@ -87,6 +88,7 @@ def validate(bench: Bench, folder: Path) -> None:
         agreement=accuracy.agreement.percent,
         memory_mb=memory_mb,
         non_finite=accuracy.non_finite,
+        slowdown=_slowdown(bench, dense),
     )
     figures = {
         "verdict": asdict(checks.judge(checks.Limits.of(profile, budget_ms), found)),
@@ -103,6 +105,12 @@ def validate(bench: Bench, folder: Path) -> None:
         "machine": machine_state(),
     }
     write_json(folder / "figures.json", figures)
+
+
+def _slowdown(bench: Bench, dense: Distribution) -> float:
+    """The dense model's median time as a multiple of what it was in the search; 1 where either is not known."""
+    searched, median = bench.json("search", "search.json"), dense.percentiles.get(50)
+    return float(median.value_ms / searched["dense_ms"]) if median and searched["measured"] else 1.0
 
 
 def engine_files(bench: Bench) -> dict[str, Path]:

@@ -8,6 +8,8 @@ from typing import Literal
 from ..latency.protocol import Percentile
 from ..profile import Profile
 
+SLOW = 1.15  # the dense model takes so many times what it took before: the machine is not itself
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -48,6 +50,7 @@ class Figures:
         reference_top1: percent, of the dense model in fp32.
         memory_mb: peak of the process's memory that the loaded model added.
         non_finite: images for which the engine gave NaN or infinity.
+        slowdown: the dense model's median time, as a multiple of what it was when the plan was measured.
     """
 
     latency: Percentile | None
@@ -58,6 +61,7 @@ class Figures:
     memory_mb: float | None = None
     non_finite: int = 0
     dense_latency: Percentile | None = None
+    slowdown: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,13 @@ def _missed_accuracy(limits: Limits, figures: Figures) -> list[str]:
 
 
 def _undecided_budget(limits: Limits, figures: Figures) -> list[str]:
-    """Why a budget that is relative to the dense model is not known."""
+    """Why a latency over the budget says nothing, or a budget that is relative to the dense model is not known."""
+    over = figures.latency is not None and figures.latency.value_ms > limits.latency_ms
+    if figures.slowdown > SLOW and (over or limits.relative):
+        return [
+            f"the dense model took {figures.slowdown:.2f} times as long as when the plan was measured: the machine is "
+            "slow now, and speed-ups are not what they are otherwise; repeat on a quiet machine"
+        ]
     if not limits.relative:
         return []
     dense = figures.dense_latency
