@@ -31,10 +31,10 @@ class Measured(NamedTuple):
     high_ms: float
 
 
-SLOW = 1.15  # the dense model takes so many times its least time: the machine is not itself
-
 Measure = Callable[[list[Counts]], list[Measured]]  # plans, the dense one first -> their times, interleaved
 Status = Literal["landed", "under", "dense", "over", "unreachable"]
+
+SLOW = 1.15  # the dense model takes so many times what it took before: the machine is not itself
 
 
 @dataclass(frozen=True)
@@ -163,15 +163,15 @@ class _Run:
     anchors: list[tuple[Counts, float]]
     rows: list[Row] = field(default_factory=list)
     ratio: float = 1.0  # of measured to predicted times near the budget, after the fit
-    least_dense_ms: float = math.inf  # measured so far
     exhausted: bool = False  # not even the fastest plan is predicted to be fast enough
 
     def __post_init__(self) -> None:
         self.dense = self.problem.dense()
         if self.anchors:
             self.problem = self.problem.on(self.problem.table.fit_correction(self.anchors, self.problem.method))
-        self.dense_ms = dict(self.anchors).get(self.dense, self.problem.predict_ms(self.dense))
-        self.least_dense_ms = dict(self.anchors).get(self.dense, math.inf)
+        self.anchor_ms = dict(self.anchors).get(self.dense)  # of the dense model
+        self.dense_ms = self.anchor_ms or self.problem.predict_ms(self.dense)
+        self.least_dense_ms = self.anchor_ms or math.inf  # measured so far
 
     @property
     def budget_ms(self) -> float:
@@ -226,8 +226,8 @@ class _Run:
 
     def _learn(self, number: int) -> None:
         """Refits a, b and kappa, and the ratio that they leave near the budget."""
-        earlier = dict(self.anchors).get(self.dense)
-        scale = self.dense_ms / earlier if earlier else 1.0  # the machine may have changed its pace since then
+        # the machine may have changed its pace since the anchors were measured
+        scale = self.dense_ms / self.anchor_ms if self.anchor_ms else 1.0
         wholes = [(counts, scale * ms) for counts, ms in self.anchors]
         wholes += [(row.point.counts, row.measured.ms) for row in self.rows]
         self.problem = self.problem.on(self.problem.table.fit_correction(wholes, self.problem.method))

@@ -136,11 +136,11 @@ def measure_losses(
     rank: Criterion = parts.load("vitprune.criteria", criterion, kind)()
     method = _token_method(model, token_method)
     gates = gate_gradients(model, images, progress=progress) if rank.needs == "gates" else None
-    survey = Survey(model, sizes, rank, method, gates, progress)
+    survey = Survey(model, sizes, method, progress, widths=True)
     table = LossTable([], [], [], token_method)
     halves: dict[tuple[int, Half], Ranking] = {}
     for step in stream_blocks(model, images, moments=rank.needs == "moments"):
-        found = survey.rank(step)
+        found = survey.rank(step, rank, gates[step.number] if gates else {})
         survey.enter(step, probes)
         table.heads.append(survey.width_curve(step.number, "attn", found.get("attn")))
         table.mlp.append(survey.width_curve(step.number, "mlp", found.get("mlp")))
@@ -171,7 +171,7 @@ def with_token_method(
     Raises:
         NotSupported: the token method cannot act on this model.
     """
-    survey = Survey(model, sizes, None, _token_method(model, token_method), None, progress)
+    survey = Survey(model, sizes, _token_method(model, token_method), progress, widths=False)
     curves = []
     for step in stream_blocks(model, images[:probes], moments=False):
         survey.enter(step, probes)

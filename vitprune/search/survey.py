@@ -24,23 +24,22 @@ class Survey:
     """Goes through the blocks of one model; each must be ranked, then entered, before its curves are asked for.
 
     Args:
-        criterion: ranks heads and hidden units; None where only token curves are asked for.
         method: the token method; None where tokens are not reduced.
-        gates: per block and half, what ``gate_gradients`` found; None where the criterion needs none.
+        widths: whether heads and hidden units are surveyed too, or tokens alone: progress counts what is to come.
     """
 
     def __init__(
         self,
         model: Vit,
         sizes: Sizes,
-        criterion: Criterion | None,
         method: type[Reducer] | None,
-        gates: Sequence[Mapping[Half, Tensor]] | None,
         progress: Progress | None,
+        *,
+        widths: bool,
     ) -> None:
         self.model, self.blocks, self.sizes = model, blocks_of(model), sizes
-        self.criterion, self.method = criterion, method
-        self.patches, self.gates, self.progress, self.done = model.config.patches, gates, progress, 0
+        self.method, self.widths = method, widths
+        self.patches, self.progress, self.done = model.config.patches, progress, 0
         self.entering: dict[int, list[TokenState]] = {}  # tokens of the probes that enter recent blocks
         self.probes: Probes | None = None
         self.whole_routes: dict[tuple[int, int], float] = {}  # (block, level) -> loss of all applications on the way
@@ -49,12 +48,13 @@ class Survey:
             self.routes = _routes(method, self.patches, model.config.prefix, sizes.patches)
         self.steps = sum(self._steps(index) for index in range(len(self.blocks)))
 
-    def rank(self, step: BlockPass) -> dict[Half, Ranking]:
-        """The rankings of a block's halves, with weights as the block's Linears take them."""
-        if self.criterion is None:
-            return {}
+    def rank(self, step: BlockPass, criterion: Criterion, gates: Mapping[Half, Tensor]) -> dict[Half, Ranking]:
+        """The rankings of a block's halves, with weights as the block's Linears take them.
+
+        Args:
+            gates: what ``gate_gradients`` found for the block's halves; empty where the criterion needs none.
+        """
         block = self.blocks[step.number]
-        gates = self.gates[step.number] if self.gates is not None else {}
         found = {}
         for half, layer in out_layers(block).items():
             weight, scale = layer.weight.detach(), _layer_scale(block, half)
@@ -62,7 +62,7 @@ class Survey:
             levels = tuple(self._levels(half, weight.shape[1] // size))
             number = 2 * step.number + (half == "mlp")
             view = LayerView(weight * scale, size, levels, step.moments.get(half), gates.get(half), number)
-            found[half] = _unscaled(self.criterion.rank(view), scale)
+            found[half] = _unscaled(criterion.rank(view), scale)
             self._tell(f"block {step.number}: {half} ranked")
         return found
 
@@ -134,7 +134,7 @@ class Survey:
     def _steps(self, index: int) -> int:
         """Steps of progress that block ``index`` takes."""
         block = self.blocks[index]
-        halves = out_layers(block) if self.criterion else {}
+        halves = out_layers(block) if self.widths else {}
         units = {half: layer.in_features // unit_sizes(block)[half] for half, layer in halves.items()}
         widths = sum(1 + len(levels_to_measure(self._levels(half, n))) for half, n in units.items())
         return widths + sum(self._reaches(index, counts) for counts in self.routes.values())

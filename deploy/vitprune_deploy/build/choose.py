@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -129,26 +128,31 @@ def survey_losses(bench: Bench, folder: Path) -> None:
     """Measure what each single change costs: of heads and hidden units once, of tokens with each method in question."""
     from vitprune.search.losses import measure_losses, with_token_method
 
-    names: list[str | None] = [method.name for method in bench.token_methods()] or [None]
-    allowed, probes = sizes(bench), bench.profile.search.probe_images
-    table, _ = measure_losses(
+    names = [method.name for method in bench.token_methods()]
+    allowed, probes, rounds = sizes(bench), bench.profile.search.probe_images, max(1, len(names))
+    first, _ = measure_losses(
         bench.dense,
         bench.search_images,
         allowed,
         criterion=bench.profile.prune.criterion,
-        token_method=names[0],
+        token_method=names[0] if names else None,
         probes=probes,
-        progress=_nth(bench, 0, len(names)),
+        progress=_nth(bench, 0, rounds),
         store=folder / RANKINGS,
     )
-    for number, name in enumerate(names):
-        if number and name:
-            told = _nth(bench, number, len(names))
-            table = with_token_method(
-                table, name, bench.dense, bench.search_images, allowed, probes=probes, progress=told
-            )
-        write_json(folder / f"losses-{name or 'none'}.json", table.to_dict())
-    write_json(folder / "methods.json", names)
+    others = [
+        with_token_method(
+            first, name, bench.dense, bench.search_images, allowed, probes=probes, progress=_nth(bench, number, rounds)
+        )
+        for number, name in enumerate(names[1:], start=1)
+    ]
+    for table in (first, *others):
+        write_json(folder / _losses_file(table.token_method), table.to_dict())
+    write_json(folder / "methods.json", names or [None])
+
+
+def _losses_file(token_method: str | None) -> str:
+    return f"losses-{token_method or 'none'}.json"
 
 
 def _nth(bench: Bench, number: int, of: int) -> Any:
@@ -224,12 +228,12 @@ def _contest(bench: Bench, method: TokenMethod | None) -> Contest:
     from vitprune.search.losses import Evaluator, LossTable, Rankings
     from vitprune.search.problem import Problem
 
-    name = method.name if method else "none"
-    measured, wanted = bench.folders["losses"], bench.profile.search
+    reducer, wanted = method.name if method else None, bench.profile.search
+    name = reducer or "none"
     table = LatencyTable.from_dict(bench.json("measure", "latency_table.json"))
-    losses = LossTable.from_dict(json.loads((measured / f"losses-{name}.json").read_bytes()))
+    losses = LossTable.from_dict(bench.json("losses", _losses_file(reducer)))
     problem = Problem(table, _only_blocks(losses, bench.profile.prune.tokens.blocks), method, sizes(bench))
-    rankings, reducer = Rankings.load(measured / RANKINGS), method.name if method else None
+    rankings = Rankings.load(bench.folders["losses"] / RANKINGS)
     evaluate = Evaluator(bench.dense, rankings, bench.search_images[: wanted.probe_images], token_method=reducer)
     held_out = Evaluator(bench.dense, rankings, bench.holdout_images, token_method=reducer)
     effort = Effort(max(1, wanted.evaluations), wanted.max_seconds, seed=bench.profile.seed)

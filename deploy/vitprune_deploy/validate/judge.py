@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vitprune.search.landing import SLOW
+
 from ..latency.protocol import Percentile
 from ..profile import Profile
-
-SLOW = 1.15  # the dense model takes so many times what it took before: the machine is not itself
 
 
 @dataclass(frozen=True)
