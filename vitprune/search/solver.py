@@ -112,7 +112,8 @@ class Frontier:
         found = [self._solution(*better[i]) for i in numbers] or [self.fastest]
         if self._kept is not None and self._kept.ms_exact <= self.largest_ms:
             found = [one for one in found if one.loss > self._kept.loss] + [self._kept]
-        return found
+        # they come by rounded time: one may be a hair slower than another that loses less
+        return [one for i, one in enumerate(found) if all(one.ms_exact < other.ms_exact for other in found[i + 1 :])]
 
     def _within(self, budget_ms: float) -> Solution | None:
         """The best solution whose rounded time is within the budget."""
