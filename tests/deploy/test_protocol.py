@@ -186,7 +186,7 @@ def test_percentiles_of_a_known_distribution_are_found_with_enough_samples():
     bench = Bench()
     rng = np.random.default_rng(0)
     spread = bench.subject("a", 10.0, stall=lambda: (float(rng.uniform(0, 10)), 0.0))
-    (a,) = percentiles([spread], bench.subject("ref", 5.0), runs=2000, machine=bench.machine)
+    (a,) = percentiles([[spread]], bench.subject("ref", 5.0), runs=2000, machine=bench.machine)
     assert a.samples == 2000
     # uniform on 10..20 ms: the standard error of a percentile of 2,000 samples is at most 0.11 ms
     assert a.percentiles[50].value_ms == pytest.approx(15.0, abs=0.45)
@@ -200,13 +200,21 @@ def test_percentiles_of_a_known_distribution_are_found_with_enough_samples():
 def test_a_percentile_without_enough_samples_beyond_it_is_not_reported():
     bench = Bench(noise=0.01)
     few = {"runs": 100, "machine": bench.machine}
-    a, b = percentiles([bench.subject("a", 10.0), bench.subject("b", 20.0)], bench.subject("ref", 5.0), **few)
+    a, b = percentiles([[bench.subject("a", 10.0)], [bench.subject("b", 20.0)]], bench.subject("ref", 5.0), **few)
     assert set(a.percentiles) == set(b.raw_ms) == {50, 90}
+
+
+def test_sessions_of_a_subject_take_turns():
+    bench = Bench()
+    slow, fast = bench.subject("a", 11.0), bench.subject("a", 9.0)
+    (a,) = percentiles([[slow, fast]], bench.subject("ref", 5.0), runs=200, machine=bench.machine)
+    assert sorted(set(np.round(a.runs_ms, 6))) == [9.0, 11.0]
+    assert np.mean(a.runs_ms) == pytest.approx(10.0)
 
 
 def test_the_final_check_stops_at_its_time():
     bench = Bench(noise=0.01)
-    (a,) = percentiles([bench.subject("a", 10.0)], bench.subject("ref", 5.0), max_seconds=2.0, machine=bench.machine)
+    (a,) = percentiles([[bench.subject("a", 10.0)]], bench.subject("ref", 5.0), max_seconds=2.0, machine=bench.machine)
     assert 100 < a.samples < 1000
     assert 99 not in a.percentiles
 

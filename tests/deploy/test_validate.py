@@ -236,7 +236,9 @@ def test_engines_see_the_same_images_and_say_what_torch_says(models, images):
 
 def test_both_engines_are_timed_in_one_session(models):
     batch = np.zeros((2, 3, 28, 28), np.float32)
-    dense, pruned = compare_latency(models["dense"], models["pruned"], batch, percentile=75, runs=200, max_seconds=20)
+    dense, pruned = compare_latency(
+        [models["dense"]], [models["pruned"]], batch, percentile=75, runs=200, max_seconds=20
+    )
     assert (dense.name, pruned.name) == ("dense", "pruned")
     assert dense.reference_ms == pruned.reference_ms
     assert {50, 75, 90} <= set(pruned.percentiles)

@@ -52,12 +52,16 @@ def validate(bench: Bench, folder: Path) -> None:
     profile, show = bench.profile, bench.shows.progress
     tested, wanted = bench.images.test, profile.validation
     with ExitStack() as stack:
-        models = {name: stack.enter_context(open_engine(bench, path)) for name, path in engine_files(bench).items()}
+        sessions = {
+            name: [stack.enter_context(open_engine(bench, path)) for _ in range(checks.SESSIONS)]
+            for name, path in engine_files(bench).items()
+        }
+        models = {name: opened[0] for name, opened in sessions.items()}
         outputs = checks.run_models(models, tested, batch=profile.batch, threads=2, progress=show)
         inputs = checks.one_batch(tested, bench.preprocess, profile.batch)
         dense, pruned = checks.compare_latency(
-            models["dense"],
-            models["pruned"],
+            sessions["dense"],
+            sessions["pruned"],
             inputs,
             percentile=profile.budget.percentile,
             runs=wanted.runs,

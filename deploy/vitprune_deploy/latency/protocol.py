@@ -147,7 +147,7 @@ def measure(
     """
     rng = np.random.default_rng(seed)
     session = Session(reference, machine or Machine())
-    tracks = [Track(subject) for subject in subjects]
+    tracks = [Track([subject]) for subject in subjects]
     end = session.machine.clock() + max_seconds
     done = number = 0
     while True:
@@ -168,7 +168,7 @@ def measure(
 
 
 def percentiles(
-    subjects: Sequence[Subject],
+    subjects: Sequence[Sequence[Subject]],
     reference: Subject,
     *,
     runs: int = 1000,
@@ -181,7 +181,8 @@ def percentiles(
     """The final check: how single runs are spread, one distribution for each subject, in their order.
 
     Args:
-        subjects: what to compare, interleaved in visits of ``RUNS_PER_VISIT`` runs.
+        subjects: what to compare, interleaved in visits of ``RUNS_PER_VISIT`` runs; each as often as it was loaded,
+            since sessions of one model differ by up to 1% for as long as they live (where their memory lies).
         reference: as in ``measure``.
         runs: accepted runs wanted of each subject.
         max_seconds: no round is begun after this; fewer runs leave the far percentiles out.
@@ -192,7 +193,7 @@ def percentiles(
     """
     rng = np.random.default_rng(seed)
     session = Session(reference, machine or Machine())
-    tracks = [Track(subject) for subject in subjects]
+    tracks = [Track(sessions) for sessions in subjects]
     end = session.machine.clock() + max_seconds
     done = 0
     while due := [track for track in tracks if len(track.runs_ms) < runs]:

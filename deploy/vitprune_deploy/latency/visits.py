@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,19 +41,25 @@ class Track:
     """What is known of one subject so far.
 
     Attributes:
+        sessions: the subject, once for each time that it was loaded; visits take turns.
         runs_ms: accepted samples as the clock gave them.
         visits: for each visit that counted, its accepted samples over the reference runs around it.
         accepted, rejected: samples that the gate let pass, and that it did not.
         visit_s: seconds that the last visit took, with the reference.
     """
 
-    subject: Subject
+    sessions: Sequence[Subject]
     runs_ms: list[float] = field(default_factory=list)
     visits: list[list[float]] = field(default_factory=list)
     accepted: int = 0
     rejected: int = 0
     visit_s: float = 0.0
     expected_ms: float = 0.0  # 0: it has never run
+
+    @property
+    def subject(self) -> Subject:
+        """Whose turn it is."""
+        return self.sessions[len(self.visits) % len(self.sessions)]
 
 
 class Session:
@@ -62,7 +68,7 @@ class Session:
     def __init__(self, reference: Subject, machine: Machine) -> None:
         self.machine, self.gated = machine, machine.waited_ms is not None
         self.references_ms: list[float] = []
-        self._reference = Track(reference)
+        self._reference = Track([reference])
         self._waited_for_quiet = False
         self._round = [0, 0]  # samples accepted and rejected in this round
         self._before = self._time_reference()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from .accuracy import Accuracy, Paired, Parity, Share, compare_accuracy, compare_with_torch, run_models
-from .cost import budget_ms, compare_latency, latency_dict, memory_mb, one_batch, size_bytes
+from .cost import SESSIONS, budget_ms, compare_latency, latency_dict, memory_mb, one_batch, size_bytes
 from .judge import Figures, Limits, Verdict, judge
 
 __all__ = [
+    "SESSIONS",
     "Accuracy",
     "Figures",
     "Limits",

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..latency.visits import Subject
 from ..runtime import Model
 
 PERCENTILES = (50, 90, 99)
+SESSIONS = 3  # of each engine that is timed: one alone may be a lucky or an unlucky one
 
 # VmHWM and not getrusage, whose peak a child inherits from its parent
 _MEMORY = """
@@ -54,8 +56,8 @@ def one_batch(images: ImageSet, preprocess: Preprocess, batch: int) -> np.ndarra
 
 
 def compare_latency(
-    dense: Model,
-    pruned: Model,
+    dense: Sequence[Model],
+    pruned: Sequence[Model],
     inputs: np.ndarray,
     *,
     percentile: int = 50,
@@ -67,7 +69,7 @@ def compare_latency(
     """Single runs of both engines, interleaved, normalised by the dense one.
 
     Args:
-        dense, pruned: the engines.
+        dense, pruned: the engines, each loaded once or several times.
         inputs: one batch, float32 [B, C, H, W].
         percentile: the budget's, reported besides 50, 90 and 99.
         runs: of each.
@@ -75,11 +77,13 @@ def compare_latency(
         seed: of the order.
         progress: told of visits.
     """
-    subjects = [Subject.of(name, m.backend, {m.backend.inputs[0].name: m.as_input(inputs)})
-                for name, m in (("reference", dense), ("dense", dense), ("pruned", pruned))]  # fmt: skip
+
+    def subjects(name: str, models: Sequence[Model]) -> list[Subject]:
+        return [Subject.of(name, m.backend, {m.backend.inputs[0].name: m.as_input(inputs)}) for m in models]
+
     first, second = percentiles(
-        subjects[1:],
-        subjects[0],
+        [subjects("dense", dense), subjects("pruned", pruned)],
+        subjects("reference", dense[:1])[0],
         runs=runs,
         max_seconds=math.inf if max_seconds is None else max_seconds,
         which=sorted({*PERCENTILES, percentile}),

@@ -55,12 +55,12 @@ def validate(console: Console, folder: Path, overrides: Sequence[str]) -> Answer
     manifest = verify(folder)
     profile = load_profile(folder / "profile.yaml", overrides, files_exist=True)
     with ExitStack() as stack:
-        models = _open(folder, manifest, profile, stack)
-        pruned = models["pruned"]
+        sessions = [_open(folder, manifest, profile, stack) for _ in range(checks.SESSIONS)]
+        pruned = sessions[0]["pruned"]
         classes = json.loads((folder / "model.json").read_bytes())["classes"] or None
         images = open_split(profile.data, class_names=pruned.classes, num_classes=classes, seed=profile.seed).test
         with console.stage("validate", 1, 1):
-            found = _find(console, profile, models, images, _memory(folder, manifest, profile))
+            found = _find(console, profile, sessions, images, _memory(folder, manifest, profile))
         here = device_fingerprint(pruned.backend.runtime, pruned.backend.provider, profile.budget.threads)
     verdict, budget_ms = _judge(profile, manifest, found)
     differences = compare(manifest.device, here)
@@ -81,7 +81,7 @@ def validate(console: Console, folder: Path, overrides: Sequence[str]) -> Answer
 
 
 def _open(folder: Path, manifest: Manifest, profile: Profile, stack: ExitStack) -> dict[str, Model]:
-    """The pruned engine, and the dense one where it is still there; both are closed by ``stack``."""
+    """A session of the pruned engine, and one of the dense engine where it is still there; ``stack`` closes both."""
     threads = profile.budget.threads
     models = {"pruned": stack.enter_context(load(folder, threads=threads))}
     file = _dense_file(folder, models["pruned"])
@@ -128,17 +128,18 @@ def _memory(folder: Path, manifest: Manifest, profile: Profile) -> Callable[[np.
 def _find(
     console: Console,
     profile: Profile,
-    models: Mapping[str, Model],
+    sessions: Sequence[Mapping[str, Model]],
     images: ImageSet,
     memory_mb: Callable[[np.ndarray], float | None],
 ) -> Found:
-    wanted, pruned = profile.validation, models["pruned"]
-    dense = models.get("dense", pruned)
+    """What ``sessions``, the same engines loaded once or several times, are worth on ``images``."""
+    wanted, models = profile.validation, sessions[0]
+    pruned = models["pruned"]
     outputs = checks.run_models(models, images, batch=profile.batch, threads=2, progress=console.progress)
     inputs = checks.one_batch(images, pruned.preprocess, profile.batch)
     first, second = checks.compare_latency(
-        dense,
-        pruned,
+        [session.get("dense", session["pruned"]) for session in sessions],
+        [session["pruned"] for session in sessions],
         inputs,
         percentile=profile.budget.percentile,
         runs=wanted.runs,
