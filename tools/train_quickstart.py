@@ -1,7 +1,7 @@
 """Train the quickstart ViT on Fashion-MNIST from scratch: ``python tools/train_quickstart.py --out DIR``.
 
 A ViT with 10 x 10 patches of 3 x 3 pixels (timm's VisionTransformer, 96 wide, 6 blocks, 4 heads) on the 60,000
-training images resized to 30 x 30, as its evaluation transform does it, in five phases:
+training images resized to 30 x 30, as its evaluation transform does it, in six phases:
 
 - ``coarse``: 5 x 5 patches of 6 x 6 pixels, at a quarter of the cost;
 - ``fine``: patch and position embeddings are resized to small patches, and it goes on (Beyer et al., FlexiViT, CVPR
@@ -11,7 +11,12 @@ training images resized to 30 x 30, as its evaluation transform does it, in five
   but through the class token, and soft), each batch without a random share of its patches (Liu et al., PatchDropout,
   WACV 2023, https://arxiv.org/abs/2208.07220), which costs less and makes the model hang on none of them;
 - ``restarted``: the same once more, from a high learning rate again (Loshchilov and Hutter, SGDR, ICLR 2017,
-  https://arxiv.org/abs/1608.03983).
+  https://arxiv.org/abs/1608.03983);
+- ``thinned``: made ready to be pruned, as models for devices are (Fan, Grave and Joulin, Reducing Transformer Depth on
+  Demand with Structured Dropout, ICLR 2020, https://arxiv.org/abs/1909.11556, but of heads, hidden units and patches
+  in place of blocks): in three batches of four it lacks some of each, and learns what it answered with all of them.
+  That costs the whole model a point, so what is kept lies between the weights before and after (Wortsman et al., Robust
+  fine-tuning of zero-shot models, CVPR 2022, https://arxiv.org/abs/2109.01903).
 
 The test set is only looked at to write the log: the last weights are kept, whatever they score. An interrupted run goes
 on from the last finished epoch.
@@ -20,10 +25,13 @@ on from the last finished epoch.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,17 +70,28 @@ def main() -> None:
     model.load_state_dict(fine.state_dict())
     model = learn(Phase("distilled", args.distilled_epochs, lr=7e-4, least_kept=0.35), model, teacher)
     model = learn(Phase("restarted", args.restarted_epochs, lr=5e-4, least_kept=0.35), model, teacher)
-    save_file(model.state_dict(), args.out / "model.safetensors")
+    whole = copy.deepcopy(model)
+    model = learn(Phase("thinned", args.thinned_epochs, lr=3e-4, least_width=0.35), model, whole)
+    final = _between(whole, model, args.thinned_share)
+    _log(args.out / "train_log.jsonl", {"phase": "final", "test_top1": round(100 * _top1(final, *test), 2)})
+    save_file(final.state_dict(), args.out / "model.safetensors")
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One part of the training, with the peak learning rate of AdamW and the least share of patches in a batch."""
+    """One part of the training.
+
+    Attributes:
+        lr: peak learning rate of AdamW.
+        least_kept: the least share of patches that a batch starts with.
+        least_width: the least share of each block's heads and units, and of the patches behind one of them.
+    """
 
     name: str
     epochs: int
     lr: float
     least_kept: float = 1.0
+    least_width: float = 1.0
 
 
 def _learn(
@@ -111,8 +130,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--teacher-epochs", type=int, default=10)
     parser.add_argument("--distilled-epochs", type=int, default=12)
     parser.add_argument("--restarted-epochs", type=int, default=12)
+    parser.add_argument("--thinned-epochs", type=int, default=4)
+    parser.add_argument("--thinned-share", type=float, default=0.3, help="of the last phase in the final weights")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
+
+
+def _between(before: nn.Module, after: nn.Module, share: float) -> nn.Module:
+    """``before``, each weight moved a share of the way to what it is in ``after``."""
+    target = after.state_dict()
+    before.load_state_dict({name: torch.lerp(w, target[name], share) for name, w in before.state_dict().items()})
+    return before
 
 
 def _model(patch_size: int) -> nn.Module:
@@ -194,7 +222,9 @@ def _epoch(phase, model, teacher, average, optimizer, train: Data, epoch: int, s
             group["lr"] = phase.lr * _schedule((epoch + step / steps) / phase.epochs, warmup=1 / phase.epochs)
         if phase.least_kept < 1:
             model.patch_drop.prob = (1 - phase.least_kept) * float(torch.rand(()))
-        loss = _loss(model, teacher, _augment(images[pick], generator), labels[pick])
+        thinned = phase.least_width < 1 and step % 4 > 0
+        forward = partial(_thinned, model, phase.least_width) if thinned else model
+        loss = _loss(forward, teacher, _augment(images[pick], generator), labels[pick])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -204,7 +234,38 @@ def _epoch(phase, model, teacher, average, optimizer, train: Data, epoch: int, s
     return total / steps
 
 
-def _loss(model: nn.Module, teacher: nn.Module | None, images: Tensor, labels: Tensor) -> Tensor:
+def _thinned(model: nn.Module, least: float, images: Tensor) -> Tensor:
+    """Logits of the model without some of each block's heads and units, and of the patches from some block on."""
+    x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    place = int(torch.randint(len(model.blocks), ()))
+    for number, block in enumerate(model.blocks):
+        x = _thinned_block(block, least, x)
+        if number == place:
+            x = torch.cat([x[:, :1], x[:, 1 + _some(x.shape[1] - 1, least)]], dim=1)
+    return model.forward_head(model.norm(x))
+
+
+def _thinned_block(block: nn.Module, least: float, x: Tensor) -> Tensor:
+    """A block of timm's; what is left of heads and units is scaled up by as much as there are fewer of them."""
+    attention, mlp = block.attn, block.mlp
+    heads, units = _some(attention.num_heads, least), _some(mlp.fc1.out_features, least)
+    columns = (heads[:, None] * attention.head_dim + torch.arange(attention.head_dim)).flatten()
+    rows = torch.cat([columns + part * x.shape[2] for part in range(3)])
+    mixed = F.linear(block.norm1(x), attention.qkv.weight[rows], attention.qkv.bias[rows])
+    q, k, v = mixed.view(*x.shape[:2], 3, len(heads), attention.head_dim).permute(2, 0, 3, 1, 4)
+    mixed = ((q * attention.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
+    mixed = F.linear(mixed.transpose(1, 2).flatten(2), attention.proj.weight[:, columns])
+    x = x + mixed * (attention.num_heads / len(heads)) + attention.proj.bias
+    hidden = mlp.act(F.linear(block.norm2(x), mlp.fc1.weight[units], mlp.fc1.bias[units]))
+    return x + F.linear(hidden, mlp.fc2.weight[:, units]) * (mlp.fc1.out_features / len(units)) + mlp.fc2.bias
+
+
+def _some(count: int, least: float) -> Tensor:
+    """A share of ``count`` indices, drawn between ``least`` and all of them."""
+    return torch.randperm(count)[: int(torch.randint(math.ceil(least * count), count + 1, ()))]
+
+
+def _loss(model: Callable[[Tensor], Tensor], teacher: nn.Module | None, images: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy with smoothed labels; under a teacher, a third of it and two thirds of the KL at temperature 2."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(images).float()

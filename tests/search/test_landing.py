@@ -188,3 +188,17 @@ def test_bad_targets_limits_and_measurements_are_refused():
         land(fine_problem(0), Target(speedup=2), lambda plans: [])
     with pytest.raises(InputError, match="as many positive times"):
         land(fine_problem(0), Target(speedup=2), lambda plans: [Measured(0.0, 0.0, 0.0)] * len(plans))
+
+
+def test_later_rounds_measure_what_another_refinement_finds_on_the_corrected_table():
+    made, asked = fine_problem(2), []
+    device = Device(made, 2, noise=0.0)
+
+    def refine(corrected, budget_ms):
+        asked.append((corrected.predict_ms(dense()), budget_ms))
+        return [corrected.solve([budget_ms]).best(budget_ms)]
+
+    found = land(made, Target(speedup=2), device, refine=refine)  # without anchors the first round misses
+    assert found.status == "landed"
+    assert asked[-1][0] == pytest.approx(device.truth(dense()), rel=0.03)  # the table as measuring corrected it
+    assert asked[-1][1] == pytest.approx(0.985 * found.budget_ms, rel=0.05)

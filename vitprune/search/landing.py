@@ -32,6 +32,7 @@ class Measured(NamedTuple):
 
 
 Measure = Callable[[list[Counts]], list[Measured]]  # plans, the dense one first -> their times, interleaved
+Refine = Callable[[Problem, float], Sequence[Point]]  # with its table corrected, a budget in ms -> its best plans
 Status = Literal["landed", "under", "dense", "over", "unreachable"]
 
 SLOW = 1.15  # the dense model takes so many times what it took before: the machine is not itself
@@ -125,6 +126,7 @@ def land(
     first: Sequence[Point] = (),
     anchors: Sequence[tuple[Counts, float]] = (),
     true_loss: Evaluate | None = None,
+    refine: Refine | None = None,
 ) -> Landed:
     """The measured plan that lies just under the budget, of those the one that loses least.
 
@@ -132,23 +134,24 @@ def land(
         first: plans to measure in the first round before others, such as the finalists of a refinement.
         anchors: whole models measured earlier, the dense one among them, for the first fit.
         true_loss: decides among plans that landed; without it, the search's own losses do.
+        refine: finds the plans of later rounds by their true losses; without it, they are the frontier's.
 
     Raises:
         InputError: ``measure`` gave other than one positive time per plan.
     """
     run = _Run(problem, target, measure, approach, list(anchors))
     for number in range(1, approach.rounds + 1):
-        candidates = run.candidates(first if number == 1 else ())
+        candidates = run.candidates(first if number == 1 else run.refined(refine))
         if not candidates and number > 1:
             break
         fresh = run.measure(number, candidates)
         if run.dense_ms <= run.budget_ms:
             return run.end("dense", run.dense_row(), "the dense model is within the budget: nothing is pruned")
-        inside = [row for row in fresh if run.inside(row.measured, guarded=True)]
+        inside = [row for row in fresh if run.inside(row.measured)]
         for row in _by_loss(inside, true_loss):
             again = run.measure(number, [row.point])[0]
             both = _mean([row.measured, again.measured])
-            if run.inside(both, guarded=False):
+            if run.inside(both, sessions=2):
                 share = 100 * both.ms / run.budget_ms
                 return run.end("landed", Row(number, row.point, both), f"measured twice, at {share:.1f}% of the budget")
     return run.nearest(true_loss)
@@ -177,6 +180,15 @@ class _Run:
     def budget_ms(self) -> float:
         return self.target.budget_ms(self.dense_ms)
 
+    def refined(self, refine: Refine | None) -> Sequence[Point]:
+        """The best plans for the middle of the window; none where nothing is that fast, or nobody refines."""
+        if refine is None or self.dense_ms <= self.budget_ms:
+            return ()
+        try:
+            return refine(self.problem, self.budget_ms / self.ratio * (1 - self.approach.window / 2))
+        except BudgetUnreachable:
+            return ()
+
     def candidates(self, first: Sequence[Point]) -> list[Point]:
         """Plans not measured yet that are predicted around the budget, ``first`` before others.
 
@@ -192,7 +204,7 @@ class _Run:
         aim = self.budget_ms / self.ratio
         plans = self.problem.solve([aim * (1 - 4 * window), aim * (1 + window)])
         self.exhausted = plans.fastest.predicted_ms > aim
-        for low, high in ((1 - window, 1 + window / 3), (1 - 4 * window, 1 - window)):
+        for low, high in ((1 - window, 1 - window / 4), (1 - 4 * window, 1 - window)):
             fresh = _between(plans, aim * low, aim * high, seen | {point.counts for point in found})
             if len(found) < wanted and fresh:
                 spread = np.linspace(0, len(fresh) - 1, min(wanted - len(found), len(fresh)))
@@ -236,10 +248,14 @@ class _Run:
             ratios = [row.measured.ms / self.problem.predict_ms(row.point.counts) for row in last]
             self.ratio = float(np.median(ratios))
 
-    def inside(self, time: Measured, *, guarded: bool) -> bool:
-        """Whether a time lies in the window; guarded: about one sigma below the budget."""
-        guard_ms = _guard_ms(time) if guarded else 0.0
+    def inside(self, time: Measured, sessions: int = 1) -> bool:
+        """Whether a time, measured in so many sessions, lies in the window, clear of its upper end."""
+        guard_ms = self.guard_ms(time) / math.sqrt(sessions)
         return (1 - self.approach.window) * self.budget_ms <= time.ms <= self.budget_ms - guard_ms
+
+    def guard_ms(self, time: Measured) -> float:
+        """About one sigma: of the time's own interval, or of what sets sessions of one model apart (1% was seen)."""
+        return max((time.high_ms - time.low_ms) / 4, self.approach.window / 3 * self.budget_ms)
 
     def dense_row(self) -> Row:
         """The dense model's measurements as one."""
@@ -254,7 +270,7 @@ class _Run:
                 times.setdefault(row.point.counts, []).append(row)
         means = [rows[0]._replace(measured=_mean([row.measured for row in rows])) for rows in times.values()]
         # of many noisy times the one closest below the budget is likely one that came out too low, hence the guard
-        under = [row for row in means if row.measured.ms <= self.budget_ms - _guard_ms(row.measured)]
+        under = [row for row in means if row.measured.ms <= self.budget_ms - self.guard_ms(row.measured)]
         under = under or [row for row in means if row.measured.ms <= self.budget_ms]
         if under:
             best = _by_loss(under, true_loss)[0]
@@ -291,11 +307,6 @@ def _by_loss(rows: list[Row], true_loss: Evaluate | None) -> list[Row]:
     """The rows, least loss first."""
     losses = true_loss([row.point.counts for row in rows]) if true_loss and rows else [row.point.loss for row in rows]
     return [rows[i] for i in np.argsort(losses, kind="stable")]
-
-
-def _guard_ms(time: Measured) -> float:
-    """A quarter of the interval, about one sigma."""
-    return (time.high_ms - time.low_ms) / 4
 
 
 def _mean(times: Sequence[Measured]) -> Measured:

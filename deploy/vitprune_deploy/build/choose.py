@@ -20,7 +20,8 @@ from .bench import RANKINGS, Bench, write_json
 if TYPE_CHECKING:
     from vitprune.search.correct import Refined
     from vitprune.search.counts import Counts, Sizes, TokenMethod
-    from vitprune.search.landing import Landed, Measured
+    from vitprune.search.frontier import Point
+    from vitprune.search.landing import Landed, Measured, Refine
     from vitprune.search.losses import Evaluator, Rankings
     from vitprune.search.problem import Problem
 
@@ -212,6 +213,7 @@ class Contest:
         refined: None where no plan is predicted to meet the budget.
         held_out_loss: of the winner, on images that the search did not see.
         held_out: computes it for any plan.
+        finalists: of another refinement, once the table is corrected.
     """
 
     method: TokenMethod | None
@@ -220,6 +222,7 @@ class Contest:
     refined: Refined | None
     held_out_loss: float
     held_out: Evaluator
+    finalists: Refine
 
 
 def _contest(bench: Bench, method: TokenMethod | None) -> Contest:
@@ -238,13 +241,19 @@ def _contest(bench: Bench, method: TokenMethod | None) -> Contest:
     held_out = Evaluator(bench.dense, rankings, bench.holdout_images, token_method=reducer)
     effort = Effort(max(1, wanted.evaluations), wanted.max_seconds, seed=bench.profile.seed)
     budget_ms = _target(bench).budget_ms(table.predict_ms(problem.dense(), method))
+
+    def finalists(corrected: Problem, budget_ms: float) -> list[Point]:
+        less = replace(effort, evaluations=max(1, effort.evaluations // 2))
+        found = refine(corrected, budget_ms, evaluate, less, progress=_tell(bench, name))
+        return [one.point for one in found.finalists]
+
     try:
         refined = refine(problem, budget_ms, evaluate, effort, held_out=held_out, progress=_tell(bench, name))
     except BudgetUnreachable as error:
         bench.shows.say(f"{name}: {error}")
-        return Contest(method, rankings, problem, None, math.inf, held_out)
+        return Contest(method, rankings, problem, None, math.inf, held_out, finalists)
     loss = held_out([refined.winner.point.counts])[0]
-    return Contest(method, rankings, problem.reweighted(refined.winner.weights), refined, loss, held_out)
+    return Contest(method, rankings, problem.reweighted(refined.winner.weights), refined, loss, held_out, finalists)
 
 
 def _tell(bench: Bench, name: str) -> Any:
@@ -287,16 +296,18 @@ def _land(bench: Bench, best: Contest, folder: Path) -> Landed:
         first=finalists,
         anchors=anchors,
         true_loss=best.held_out,
+        refine=best.finalists,
     )
     shutil.rmtree(candidates, ignore_errors=True)
     return landed
 
 
 def measure_counts(bench: Bench, plans: list[Counts], method: TokenMethod | None, folder: Path) -> list[Measured]:
-    """The time of each plan, interleaved; their files stay in ``folder`` for the next call."""
+    """The time of each plan, interleaved, as it would be shipped; their files stay in ``folder`` for the next call."""
     from vitprune.search.landing import Measured
 
     from ..latency.wholes import export_whole, measure_models, slim
+    from .make import sides
 
     profile, paths = bench.profile, {}
     folder.mkdir(exist_ok=True)
@@ -306,7 +317,8 @@ def measure_counts(bench: Bench, plans: list[Counts], method: TokenMethod | None
         paths[name] = export_whole(
             slim(bench.dense, counts, method),
             folder / f"{name}.onnx",
-            batch=profile.batch,
+            batch=(profile.input.batch.min, profile.input.batch.max),
+            image_size=sides(profile, bench.dense.config.image_size),
             precision=profile.runtime.precision,
             runtime=profile.runtime.name,
         )
@@ -315,6 +327,7 @@ def measure_counts(bench: Bench, plans: list[Counts], method: TokenMethod | None
         paths,
         runtimes.loader(profile),
         batch=profile.batch,
+        image_size=bench.dense.config.image_size,
         relative_half_width=profile.measure.relative_half_width,
         max_seconds=math.inf if limit is None else LANDING_SHARE * limit,
         seed=profile.seed,

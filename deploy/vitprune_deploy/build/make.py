@@ -179,7 +179,7 @@ def _export(bench: Bench, model: Vit, path: Path, precision: str) -> dict[str, A
         model,
         path,
         batch=(profile.input.batch.min, profile.input.batch.max),
-        image_size=_sides(profile, config.image_size),
+        image_size=sides(profile, config.image_size),
         precision=precision,
         opset=opset_for(precision, profile.runtime.name) if asked == "auto" else asked,
         metadata=metadata_json(
@@ -195,7 +195,7 @@ def _export(bench: Bench, model: Vit, path: Path, precision: str) -> dict[str, A
     return asdict(info)
 
 
-def _sides(profile: Profile, image_size: tuple[int, int]) -> Any:
+def sides(profile: Profile, image_size: tuple[int, int]) -> Any:
     """Height and width as ``export_onnx`` takes them."""
     ranges = [profile.input.dynamic_height, profile.input.dynamic_width]
     if not any(ranges):
