@@ -16,7 +16,7 @@ from vitprune_deploy.artifact import canonical_sha256, sha256_file
 from vitprune_deploy.build import judge, pipeline, runtimes
 from vitprune_deploy.build.bench import Bench
 from vitprune_deploy.console import Console
-from vitprune_deploy.export.onnx import Axis, export_module
+from vitprune_deploy.export.onnx import export_module, symbolic_axis
 from vitprune_deploy.export.precision import in_precision, opset_for
 from vitprune_deploy.latency.protocol import Measurement
 from vitprune_deploy.latency.wholes import measure_models
@@ -79,12 +79,12 @@ def searched(profile: Profile, folder: Path, until: str = "search") -> Bench:
 def export(model: nn.Module, path: Path, profile: Profile, image: Sequence[int]) -> Path:
     """Any model, ours or timm's, by the exporter of our engines (torch.onnx, dynamo), for the profile's batches."""
     precision, batch = profile.runtime.precision, profile.input.batch
-    symbolic = {0: Axis("batch", batch.min, batch.max)} if batch.min < batch.max else {}
+    example, axis = symbolic_axis("batch", (batch.min, batch.max), 1)
     export_module(
         in_precision(model.eval(), precision),
-        (torch.zeros(min(2, batch.max) if symbolic else batch.max, *image),),
+        (torch.zeros(example, *image),),
         path,
-        dynamic=[symbolic],
+        dynamic=[{0: axis} if axis else {}],
         names=(["images"], ["logits"]),
         opset=opset_for(precision, profile.runtime.name),
     )

@@ -131,7 +131,7 @@ class _Run:
         torch.manual_seed(settings.seed)
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # unasked, processes on CPUs would each train on their own
-            mixed_precision="bf16" if _multiplies_bfloat16() else "no",
+            mixed_precision="bf16" if _has_bfloat16_units() else "no",
         )
         self.settings, self.plain = settings, student
         self.teacher = teacher.to(self.accelerator.device).eval()
@@ -313,8 +313,8 @@ def _endless(batches: Batches) -> Iterator[Tensor]:
             raise InputError("recovery: there are no training images")
 
 
-def _multiplies_bfloat16() -> bool:
-    """Whether bfloat16 is the faster: on GPUs and CPUs that have units for products of matrices of it.
+def _has_bfloat16_units() -> bool:
+    """Whether the GPU or CPU multiplies matrices of bfloat16, and so is faster with it.
 
     AVX512-BF16 alone is not enough: a training step of DeiT-S took 1.6 times as long as in float32 (Xeon, torch 2.14).
     """

@@ -16,6 +16,7 @@ from vitprune.errors import BudgetUnreachable
 from ..artifact import canonical_sha256, sha256_file
 from . import runtimes
 from .bench import RANKINGS, Bench, write_json
+from .make import served_sizes
 
 if TYPE_CHECKING:
     from vitprune.search.correct import Refined
@@ -213,7 +214,7 @@ class Contest:
         refined: None where no plan is predicted to meet the budget.
         held_out_loss: of the winner, on images that the search did not see.
         held_out: computes it for any plan.
-        finalists: of another refinement, once the table is corrected.
+        refine_again: gives the finalists of another refinement, once the table is corrected.
     """
 
     method: TokenMethod | None
@@ -222,7 +223,7 @@ class Contest:
     refined: Refined | None
     held_out_loss: float
     held_out: Evaluator
-    finalists: Refine
+    refine_again: Refine
 
 
 def _contest(bench: Bench, method: TokenMethod | None) -> Contest:
@@ -242,7 +243,7 @@ def _contest(bench: Bench, method: TokenMethod | None) -> Contest:
     effort = Effort(max(1, wanted.evaluations), wanted.max_seconds, seed=bench.profile.seed)
     budget_ms = _target(bench).budget_ms(table.predict_ms(problem.dense(), method))
 
-    def finalists(corrected: Problem, budget_ms: float) -> list[Point]:
+    def refine_again(corrected: Problem, budget_ms: float) -> list[Point]:
         less = replace(effort, evaluations=max(1, effort.evaluations // 2))
         found = refine(corrected, budget_ms, evaluate, less, progress=_tell(bench, name))
         return [one.point for one in found.finalists]
@@ -251,9 +252,9 @@ def _contest(bench: Bench, method: TokenMethod | None) -> Contest:
         refined = refine(problem, budget_ms, evaluate, effort, held_out=held_out, progress=_tell(bench, name))
     except BudgetUnreachable as error:
         bench.shows.say(f"{name}: {error}")
-        return Contest(method, rankings, problem, None, math.inf, held_out, finalists)
+        return Contest(method, rankings, problem, None, math.inf, held_out, refine_again)
     loss = held_out([refined.winner.point.counts])[0]
-    return Contest(method, rankings, problem.reweighted(refined.winner.weights), refined, loss, held_out, finalists)
+    return Contest(method, rankings, problem.reweighted(refined.winner.weights), refined, loss, held_out, refine_again)
 
 
 def _tell(bench: Bench, name: str) -> Any:
@@ -296,7 +297,7 @@ def _land(bench: Bench, best: Contest, folder: Path) -> Landed:
         first=finalists,
         anchors=anchors,
         true_loss=best.held_out,
-        refine=best.finalists,
+        refine=best.refine_again,
     )
     shutil.rmtree(candidates, ignore_errors=True)
     return landed
@@ -307,7 +308,6 @@ def measure_counts(bench: Bench, plans: list[Counts], method: TokenMethod | None
     from vitprune.search.landing import Measured
 
     from ..latency.wholes import export_whole, measure_models, slim
-    from .make import sides
 
     profile, paths = bench.profile, {}
     folder.mkdir(exist_ok=True)
@@ -317,8 +317,7 @@ def measure_counts(bench: Bench, plans: list[Counts], method: TokenMethod | None
         paths[name] = export_whole(
             slim(bench.dense, counts, method),
             folder / f"{name}.onnx",
-            batch=(profile.input.batch.min, profile.input.batch.max),
-            image_size=sides(profile, bench.dense.config.image_size),
+            **served_sizes(profile, bench.dense.config.image_size),
             precision=profile.runtime.precision,
             runtime=profile.runtime.name,
         )

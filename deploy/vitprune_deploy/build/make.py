@@ -178,8 +178,7 @@ def _export(bench: Bench, model: Vit, path: Path, precision: str) -> dict[str, A
     info = export_onnx(
         model,
         path,
-        batch=(profile.input.batch.min, profile.input.batch.max),
-        image_size=sides(profile, config.image_size),
+        **served_sizes(profile, config.image_size),
         precision=precision,
         opset=opset_for(precision, profile.runtime.name) if asked == "auto" else asked,
         metadata=metadata_json(
@@ -195,12 +194,13 @@ def _export(bench: Bench, model: Vit, path: Path, precision: str) -> dict[str, A
     return asdict(info)
 
 
-def sides(profile: Profile, image_size: tuple[int, int]) -> Any:
-    """Height and width as ``export_onnx`` takes them."""
+def served_sizes(profile: Profile, image_size: tuple[int, int]) -> dict[str, Any]:
+    """Batch and image size of what is shipped, as arguments of ``export_onnx``."""
     ranges = [profile.input.dynamic_height, profile.input.dynamic_width]
-    if not any(ranges):
-        return image_size
-    return tuple((r.min, r.max) if r else (size, size) for r, size in zip(ranges, image_size, strict=True))
+    sides: Any = image_size
+    if any(ranges):
+        sides = tuple((r.min, r.max) if r else (size, size) for r, size in zip(ranges, image_size, strict=True))
+    return {"batch": (profile.input.batch.min, profile.input.batch.max), "image_size": sides}
 
 
 def _installed(runtime: str) -> bool:

@@ -111,7 +111,7 @@ def export_onnx(
     steps = [1, 1, *config.patch_size]
     axes: dict[int, Axis] = {}
     for axis, name in ((0, "batch"), (2, "height"), (3, "width")):
-        sizes[axis], found = _axis(name, sizes[axis], steps[axis])
+        sizes[axis], found = symbolic_axis(name, sizes[axis], steps[axis])
         if found is not None:
             axes[axis] = found
     weights = next(model.parameters())
@@ -167,7 +167,7 @@ def metadata_json(**values: Any) -> dict[str, str]:
     return {key: json.dumps(value, sort_keys=True) for key, value in values.items()}
 
 
-def _axis(name: str, size: int | tuple[int, int], step: int) -> tuple[int, Axis | None]:
+def symbolic_axis(name: str, size: int | tuple[int, int], step: int) -> tuple[int, Axis | None]:
     """The example's size along an axis, and the axis if it is symbolic."""
     least, most = (size, size) if isinstance(size, int) else size
     if not 1 <= least <= most:

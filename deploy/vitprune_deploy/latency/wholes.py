@@ -21,10 +21,11 @@ from vitprune.surgery import prune
 from ..backends.base import Backend
 from ..export.onnx import export_onnx
 from ..export.precision import opset_for
+from .pieces import KEEP, TOKENS
 from .protocol import ANCHOR_HALF_WIDTH, Measurement, Progress, measure
 from .visits import Subject
 
-PART_AXES = ("tokens", "keep")  # symbolic in the files of parts, which a whole model has as constants
+PART_AXES = (TOKENS.name, KEEP.name)  # symbolic in the files of parts, constant in whole models
 Loader = Callable[[Path, Mapping[str, int]], Backend]  # an .onnx file and the sizes of its symbolic axes, by name
 
 

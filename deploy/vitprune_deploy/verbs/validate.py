@@ -55,8 +55,8 @@ def validate(console: Console, folder: Path, overrides: Sequence[str]) -> Answer
     manifest = verify(folder)
     profile = load_profile(folder / "profile.yaml", overrides, files_exist=True)
     with ExitStack() as stack:
-        sessions = [_open(folder, manifest, profile, stack) for _ in range(checks.SESSIONS)]
-        pruned = sessions[0]["pruned"]
+        sessions = _open(folder, manifest, profile, stack)
+        pruned = sessions["pruned"][0]
         classes = json.loads((folder / "model.json").read_bytes())["classes"] or None
         images = open_split(profile.data, class_names=pruned.classes, num_classes=classes, seed=profile.seed).test
         with console.stage("validate", 1, 1):
@@ -80,17 +80,19 @@ def validate(console: Console, folder: Path, overrides: Sequence[str]) -> Answer
     return Answer(text, data, 0 if verdict.verdict == "pass" else 1)
 
 
-def _open(folder: Path, manifest: Manifest, profile: Profile, stack: ExitStack) -> dict[str, Model]:
-    """A session of the pruned engine, and one of the dense engine where it is still there; ``stack`` closes both."""
+def _open(folder: Path, manifest: Manifest, profile: Profile, stack: ExitStack) -> dict[str, list[Model]]:
+    """Sessions of the pruned engine, and of the dense one where it is still there; all are closed by ``stack``."""
     threads = profile.budget.threads
-    models = {"pruned": stack.enter_context(load(folder, threads=threads))}
-    file = _dense_file(folder, models["pruned"])
-    if file is not None:
-        pruned, (_, extra) = models["pruned"], _run_engine(manifest)
-        backend = type(pruned.backend).load(file, threads=threads, options=extra.get("options"))
-        served = extra.get("max_batch"), extra.get("min_batch", 1)
-        models["dense"] = stack.enter_context(Model(backend, pruned.preprocess, pruned.classes, *served))
-    return models
+    # every file of the folder has been compared with its sum
+    pruned = [stack.enter_context(load(folder, threads=threads, verify=False)) for _ in range(checks.SESSIONS)]
+    file = _dense_file(folder, pruned[0])
+    if file is None:
+        return {"pruned": pruned}
+    (_, extra), kind = _run_engine(manifest), type(pruned[0].backend)
+    served = extra.get("max_batch"), extra.get("min_batch", 1)
+    backends = [kind.load(file, threads=threads, options=extra.get("options")) for _ in pruned]
+    dense = [Model(backend, pruned[0].preprocess, pruned[0].classes, *served) for backend in backends]
+    return {"pruned": pruned, "dense": [stack.enter_context(model) for model in dense]}
 
 
 def _run_engine(manifest: Manifest) -> tuple[EngineEntry, Mapping[str, Any]]:
@@ -128,18 +130,18 @@ def _memory(folder: Path, manifest: Manifest, profile: Profile) -> Callable[[np.
 def _find(
     console: Console,
     profile: Profile,
-    sessions: Sequence[Mapping[str, Model]],
+    sessions: Mapping[str, Sequence[Model]],
     images: ImageSet,
     memory_mb: Callable[[np.ndarray], float | None],
 ) -> Found:
-    """What ``sessions``, the same engines loaded once or several times, are worth on ``images``."""
-    wanted, models = profile.validation, sessions[0]
+    """What the engines, each loaded once or several times, are worth on ``images``."""
+    wanted, models = profile.validation, {name: opened[0] for name, opened in sessions.items()}
     pruned = models["pruned"]
     outputs = checks.run_models(models, images, batch=profile.batch, threads=2, progress=console.progress)
     inputs = checks.one_batch(images, pruned.preprocess, profile.batch)
     first, second = checks.compare_latency(
-        [session.get("dense", session["pruned"]) for session in sessions],
-        [session["pruned"] for session in sessions],
+        sessions.get("dense", sessions["pruned"]),
+        sessions["pruned"],
         inputs,
         percentile=profile.budget.percentile,
         runs=wanted.runs,
