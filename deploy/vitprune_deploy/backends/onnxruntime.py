@@ -74,7 +74,8 @@ class OnnxRuntime(Backend):
         short = options.get("provider", "cpu")
         provider = find_provider(short)
         sizes = dict(options.get("sizes", {})) | ({} if batch is None else {"batch": batch})
-        session_options = _session_options(threads, sizes, strict=_is_gpu(provider) and not options.get("cpu_nodes"))
+        strict = _is_gpu(provider) and not options.get("cpu_nodes")
+        session_options = _session_options(threads, sizes, provider, strict=strict)
         before = _task_ids()
         session = _open(path, session_options, provider, dict(options.get("provider_options", {})))
         return cls(session, _short(provider), sorted(_task_ids() - before))
@@ -187,7 +188,7 @@ def _installed(distribution: str) -> bool:
     return True
 
 
-def _session_options(threads: int | None, sizes: Mapping[str, int], strict: bool) -> Any:
+def _session_options(threads: int | None, sizes: Mapping[str, int], provider: str, *, strict: bool) -> Any:
     """How a session is to run: one operator at a time, its threads asleep between runs."""
     ort = _import()
     options = ort.SessionOptions()
@@ -199,7 +200,8 @@ def _session_options(threads: int | None, sizes: Mapping[str, int], strict: bool
     options.log_severity_level = 3  # what is an error comes as an exception, and warnings are not ours to print
     # workers that spin after a run would take processor time from the next model of an interleaved measurement
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("optimization.disable_specified_optimizers", SLOWING)
+    if provider == PROVIDERS["cpu"]:  # what it does on others has not been measured
+        options.add_session_config_entry("optimization.disable_specified_optimizers", SLOWING)
     if strict:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     for name, size in sizes.items():
