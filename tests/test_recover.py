@@ -32,7 +32,13 @@ def student(teacher):
 def batches(epoch):
     generator = torch.Generator().manual_seed(epoch)
     for _ in range(4):
-        yield torch.randn(8, 3, 28, 28, generator=generator)
+        yield torch.randn(8, 3, 28, 28, generator=generator), None
+
+
+def the_same_again(epoch):
+    """Batches of 8 out of 20 images; half of the last batch came in the first one."""
+    for numbers in torch.arange(24).remainder(20).split(8):
+        yield images(20)[numbers], numbers
 
 
 def test_the_held_out_loss_falls(student, teacher):
@@ -130,6 +136,21 @@ def test_the_teacher_stays_as_it_is(student, teacher):
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+@pytest.mark.parametrize(("kept_bytes", "asked"), [(2**20, 20), (2 * 8 * (10 + 50 * 32) * 4, 16 + 4 + 4), (0, 48)])
+def test_the_teacher_is_asked_once_about_images_that_come_again(monkeypatch, student, teacher, kept_bytes, asked):
+    monkeypatch.setattr("vitprune.recover.KEPT_BYTES", kept_bytes)
+    settings, counts = RecoverSettings(steps=6, lr=1e-3, checks=1), []
+    twin = build(student.config, student.state_dict())
+    anew = recover(
+        twin, teacher, lambda epoch: ((some, None) for some, _ in the_same_again(epoch)), images(4), settings
+    )
+    teacher.patch_embed.register_forward_hook(lambda _, given, out: counts.append(len(given[0])))
+    found = recover(student, teacher, the_same_again, images(4), settings)
+    assert sum(counts) == 4 + asked
+    for name, value in anew.model.state_dict().items():
+        torch.testing.assert_close(found.model.state_dict()[name], value)
+
+
 def test_the_same_batches_give_the_same_weights(student, teacher):
     twin = build(student.config, student.state_dict())
     settings = RecoverSettings(steps=4, lr=1e-3, checks=1)
@@ -173,7 +194,8 @@ from vitprune.surgery import build
 
 teacher = tiny_vit()
 student = build(tiny_config(reducer="evit", keep={0: 26, 1: 14}), teacher.state_dict())
-batches = lambda epoch: torch.randn(16, 4, 3, 28, 28, generator=torch.Generator().manual_seed(epoch))
+drawn = lambda epoch: torch.randn(16, 4, 3, 28, 28, generator=torch.Generator().manual_seed(epoch))
+batches = lambda epoch: ((some, None) for some in drawn(epoch))
 settings = RecoverSettings(steps=10_000, seconds=3.0, lr=1e-3, checks=1000)
 found = recover(student, teacher, batches, images(8), settings, checkpoint=Path("state.pt"))
 said = f"{len(found.checks)} {min(found.checks, key=lambda check: check.loss).step} {fingerprint(found.model)}"

@@ -525,7 +525,7 @@ def test_training_images_vary_by_seed_and_epoch_and_by_nothing_else(tmp_path, pr
     np.testing.assert_array_equal(drawn(1, 0), first)
     assert not np.array_equal(drawn(1, 1), first)
     assert not np.array_equal(drawn(2, 0), first)
-    assert Augmented(images, preprocess)[17][1] == 2
+    assert Augmented(images, preprocess)[17][1] == 17
 
 
 def test_small_images_are_shifted_by_whole_pixels_or_mirrored(tmp_path):
@@ -557,10 +557,10 @@ def test_large_images_are_cut_out_in_the_shape_of_the_input():
     for epoch in range(20):
         varied = Augmented(images, wide)
         varied.set_epoch(epoch)
-        piece, label = varied[0]
+        piece, index = varied[0]
         width = abs(piece[0, 0, -1] - piece[0, 0, 0]) * 100 / 99
         height = abs(piece[1, -1, 0] - piece[1, 0, 0]) * 80 / 79
-        assert label == -1
+        assert index == 0
         assert 0.75 < width * height / (250 * 200) < 1.05  # 0.8 to 1 of the largest piece of that shape, here all
         assert 0.85 < (width / 100) / (height / 80) < 1.15
 
@@ -583,6 +583,7 @@ def test_torch_loads_training_images_in_worker_processes(tmp_path):
 def test_an_unreadable_training_image_is_replaced_by_the_next(tmp_path):
     data = Augmented(damaged(tmp_path, broken=2, allowed=0.1), TINY, augment=False)
     np.testing.assert_array_equal(data[0][0], data[2][0])
+    assert data[0][1] == 2
     with pytest.raises(InputError, match="cannot be read"):
         Augmented(damaged(tmp_path, broken=9, allowed=0.1), TINY)[0]
 

@@ -56,6 +56,13 @@ def test_a_model_within_all_limits_passes_without_a_reason():
         ({}, {"latency": Percentile(9.0, 8.0, 9.9)}, "unstable", "known to 8..9.9 ms only, too wide"),
         ({}, {"latency": Percentile(12.0, 11.9, 12.1), "slowdown": 1.5}, "unstable", "took 1.50 times as long as when"),
         ({}, {"latency": Percentile(9.0, 8.9, 9.1), "slowdown": 1.5}, "pass", ""),  # even so
+        (
+            {},
+            {"latency": Percentile(12.0, 11.9, 12.1), "slowdown": 0.8},
+            "fail",
+            "1.25 times as long as now, so let --fr",
+        ),
+        ({}, {"latency": Percentile(9.0, 8.9, 9.1), "slowdown": 0.8}, "pass", ""),
         ({}, {"latency": Percentile(12.0, 11.0, 13.0)}, "unstable", "repeat on a quiet machine"),
         ({}, {"latency": None, "samples": 80}, "unstable", "80 runs are too few for latency p90"),
         ({"max_drop": 0.4}, {}, "fail", "top-1 fell by 0.50 points, from 92.00 to 91.50; accuracy.max_drop is 0.4"),

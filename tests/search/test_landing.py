@@ -10,6 +10,7 @@ from synthetic import dense, fine_problem, problem
 from vitprune.errors import InputError
 from vitprune.search.counts import Counts, Sizes
 from vitprune.search.landing import Approach, Measured, Target, land
+from vitprune.search.latency import Timed
 
 
 class Device:
@@ -33,7 +34,7 @@ class Device:
     def anchors(self):
         narrow = Counts((2,) * 12, (384,) * 12, (196,) * 12)
         early = Counts((6,) * 12, (1536,) * 12, (196,) + (self.made.levels[-2],) * 11)
-        return [(counts, self([counts])[0].ms) for counts in (dense(), narrow, early)]
+        return [Timed(counts, self([counts])[0].ms, self.made.method) for counts in (dense(), narrow, early)]
 
 
 @pytest.mark.parametrize("speedup", [1.25, 1.5, 2, 3])
@@ -132,7 +133,7 @@ def test_plans_given_first_are_measured_first_and_the_true_loss_decides():
     made = fine_problem(3)
     device = Device(made, 3, noise=0.0)
     aim = device.truth(dense()) / 2
-    plans = made.on(made.table.fit_correction(device.anchors(), made.method)).solve([0.9 * aim, aim])
+    plans = made.on(made.table.fit_correction(device.anchors())).solve([0.9 * aim, aim])
     first = [plans.best(0.985 * aim), plans.best(0.98 * aim)]
     asked = []
 

@@ -23,7 +23,7 @@ from synthetic import (
 from vitprune.errors import InputError
 from vitprune.search.counts import Counts
 from vitprune.search.fit import fit_nonnegative
-from vitprune.search.latency import LatencyTable, Levels, Pieces
+from vitprune.search.latency import LatencyTable, Levels, Pieces, Timed
 
 
 def test_the_sum_is_the_one_added_by_hand():
@@ -106,7 +106,7 @@ def test_whole_models_bring_the_error_of_the_plain_sum_down_to_the_noise():
     narrow = Counts((2,) * 12, (384,) * 12, (196,) * 12)
     early = Counts((6,) * 12, (1536,) * 12, (67,) * 12)
     anchors = [dense(), narrow, early, random_counts(rng), random_counts(rng)]
-    fitted = table().fit_correction([(c, truth(c) * (1 + 0.003 * rng.standard_normal())) for c in anchors], EVIT)
+    fitted = table().fit_correction([Timed(c, truth(c) * (1 + 0.003 * rng.standard_normal()), EVIT) for c in anchors])
     others = [random_counts(rng) for _ in range(50)]
     plain = np.array([table().predict_ms(c, EVIT) / truth(c) - 1 for c in others])
     corrected = np.array([fitted.predict_ms(c, EVIT) / truth(c) - 1 for c in others])
@@ -114,8 +114,21 @@ def test_whole_models_bring_the_error_of_the_plain_sum_down_to_the_noise():
     assert np.abs(corrected).mean() < 0.01
 
 
+def test_wholes_of_one_token_method_tell_the_correction_for_another():
+    filled = LatencyTable.fill(CIRCUMSTANCES, levels(), pieces())
+    assert {"evit", "tome"} <= set(filled.reduce)
+
+    def truth(counts, method):
+        return 1.1 * filled.sum_ms(counts, method) + 0.03 * filled.megabytes(counts)
+
+    rng = np.random.default_rng(4)
+    fitted = filled.fit_correction([Timed(c, truth(c, EVIT), EVIT) for c in [dense(), *map(random_counts, 5 * [rng])]])
+    for counts in map(random_counts, 20 * [rng]):
+        assert fitted.predict_ms(counts, TOME) == pytest.approx(truth(counts, TOME), rel=0.01)
+
+
 def test_one_whole_model_only_rescales():
-    fitted = table().fit_correction([(dense(), 1.08 * table().sum_ms(dense()))])
+    fitted = table().fit_correction([Timed(dense(), 1.08 * table().sum_ms(dense()))])
     a, b, kappa = fitted.correction
     assert fitted.predict_ms(dense()) == pytest.approx(1.08 * table().sum_ms(dense()), rel=2e-3)
     assert 1.02 < b < 1.08
@@ -125,8 +138,9 @@ def test_one_whole_model_only_rescales():
 
 def test_wholes_that_contradict_the_table_never_leave_a_part_without_time():
     light = Counts((2,) * 12, (384,) * 12, (196,) * 12)
-    absurd = [(dense(), 60.0), (light, 2.0), (Counts((6,) * 12, (1536,) * 12, (67,) * 12), 90.0)]
-    a, b, kappa = table().fit_correction(absurd, EVIT).correction
+    early = Counts((6,) * 12, (1536,) * 12, (67,) * 12)
+    absurd = [Timed(dense(), 60.0), Timed(light, 2.0), Timed(early, 90.0, EVIT)]
+    a, b, kappa = table().fit_correction(absurd).correction
     assert a >= 0
     assert b >= 0.2
     assert kappa >= 0
@@ -134,8 +148,8 @@ def test_wholes_that_contradict_the_table_never_leave_a_part_without_time():
 
 def test_the_correction_does_not_depend_on_the_unit_of_time():
     rng = np.random.default_rng(2)
-    wholes = [(c, 1.05 * table().sum_ms(c, EVIT) + 0.3) for c in (random_counts(rng) for _ in range(5))]
-    a, b, kappa = table().fit_correction(wholes, EVIT).correction
+    wholes = [Timed(c, 1.05 * table().sum_ms(c, EVIT) + 0.3, EVIT) for c in (random_counts(rng) for _ in range(5))]
+    a, b, kappa = table().fit_correction(wholes).correction
     doubled = LatencyTable.fill(
         CIRCUMSTANCES,
         levels(),
@@ -148,12 +162,12 @@ def test_the_correction_does_not_depend_on_the_unit_of_time():
             reduce={"evit": {k: 2 * ms for k, ms in pieces().reduce["evit"].items()}},
         ),
     )
-    again = doubled.fit_correction([(c, 2 * ms) for c, ms in wholes], EVIT).correction
+    again = doubled.fit_correction([one._replace(ms=2 * one.ms) for one in wholes]).correction
     assert again == pytest.approx((2 * a, b, 2 * kappa), rel=1e-6, abs=1e-9)
 
 
 def test_the_table_survives_the_way_through_json():
-    filled = table().fit_correction([(dense(), 60.0)])
+    filled = table().fit_correction([Timed(dense(), 60.0)])
     again = LatencyTable.from_dict(json.loads(json.dumps(filled.to_dict())))
     assert again == filled
     assert again.to_dict() == filled.to_dict()
@@ -170,7 +184,7 @@ def test_the_table_survives_the_way_through_json():
         (lambda t: t.sum_ms(Counts((6,), (1536,), (137,))), "block 0 turns 196 patch tokens into 137 without a token"),
         (lambda t: t.sum_ms(Counts((0,), (1536,), (137,)), EVIT), "into 137 without attention"),
         (lambda t: t.fit_correction([]), "needs times of whole models"),
-        (lambda t: t.fit_correction([(dense(), -1.0)]), "needs times of whole models"),
+        (lambda t: t.fit_correction([Timed(dense(), -1.0)]), "needs times of whole models"),
     ],
 )
 def test_what_was_not_measured_is_an_error_and_never_free(call, what):

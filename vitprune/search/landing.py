@@ -19,7 +19,7 @@ from ..errors import BudgetUnreachable, InputError
 from .correct import Evaluate
 from .counts import Counts
 from .frontier import Point
-from .latency import LatencyTable
+from .latency import LatencyTable, Timed
 from .problem import Plans, Problem
 
 
@@ -124,7 +124,7 @@ def land(
     approach: Approach = Approach(),
     *,
     first: Sequence[Point] = (),
-    anchors: Sequence[tuple[Counts, float]] = (),
+    anchors: Sequence[Timed] = (),
     true_loss: Evaluate | None = None,
     refine: Refine | None = None,
 ) -> Landed:
@@ -132,7 +132,7 @@ def land(
 
     Args:
         first: plans to measure in the first round before others, such as the finalists of a refinement.
-        anchors: whole models measured earlier, the dense one among them, for the first fit.
+        anchors: whole models measured earlier, the dense one among them, with whatever token method, for the first fit.
         true_loss: decides among plans that landed; without it, the search's own losses do.
         refine: finds the plans of later rounds by their true losses; without it, they are the frontier's.
 
@@ -163,7 +163,7 @@ class _Run:
     target: Target
     times: Measure
     approach: Approach
-    anchors: list[tuple[Counts, float]]
+    anchors: list[Timed]
     rows: list[Row] = field(default_factory=list)
     ratio: float = 1.0  # of measured to predicted times near the budget, after the fit
     exhausted: bool = False  # not even the fastest plan is predicted to be fast enough
@@ -171,8 +171,8 @@ class _Run:
     def __post_init__(self) -> None:
         self.dense = self.problem.dense()
         if self.anchors:
-            self.problem = self.problem.on(self.problem.table.fit_correction(self.anchors, self.problem.method))
-        self.anchor_ms = dict(self.anchors).get(self.dense)  # of the dense model
+            self.problem = self.problem.on(self.problem.table.fit_correction(self.anchors))
+        self.anchor_ms = next((one.ms for one in self.anchors if one.counts == self.dense), None)  # of the dense model
         self.dense_ms = self.anchor_ms or self.problem.predict_ms(self.dense)
         self.least_dense_ms = self.anchor_ms or math.inf  # measured so far
 
@@ -240,9 +240,9 @@ class _Run:
         """Refits a, b and kappa, and the ratio that they leave near the budget."""
         # the machine may have changed its pace since the anchors were measured
         scale = self.dense_ms / self.anchor_ms if self.anchor_ms else 1.0
-        wholes = [(counts, scale * ms) for counts, ms in self.anchors]
-        wholes += [(row.point.counts, row.measured.ms) for row in self.rows]
-        self.problem = self.problem.on(self.problem.table.fit_correction(wholes, self.problem.method))
+        wholes = [one._replace(ms=scale * one.ms) for one in self.anchors]
+        wholes += [Timed(row.point.counts, row.measured.ms, self.problem.method) for row in self.rows]
+        self.problem = self.problem.on(self.problem.table.fit_correction(wholes))
         last = [row for row in self.rows if row.round == number and row.point.counts != self.dense]
         if last:
             ratios = [row.measured.ms / self.problem.predict_ms(row.point.counts) for row in last]

@@ -28,6 +28,14 @@ class Entry(NamedTuple):
     measured: bool
 
 
+class Timed(NamedTuple):
+    """A whole model that was measured, with the token method that reduces its tokens."""
+
+    counts: Counts
+    ms: float
+    method: TokenMethod | None = None
+
+
 @dataclass(frozen=True)
 class Circumstances:
     """What a table holds for, and for nothing else.
@@ -223,17 +231,17 @@ class LatencyTable:
         a, b, kappa = self.correction
         return a + b * self.sum_ms(counts, method) + kappa * self.megabytes(counts)
 
-    def fit_correction(self, wholes: Sequence[tuple[Counts, float]], method: TokenMethod | None = None) -> LatencyTable:
-        """The table with a, b and kappa fitted on measured whole models, each (counts, milliseconds).
+    def fit_correction(self, wholes: Sequence[Timed]) -> LatencyTable:
+        """The table with a, b and kappa fitted on measured whole models.
 
         Raises:
             InputError: there are none, or one's time is not positive.
         """
-        whole_ms = np.array([ms for _, ms in wholes], dtype=float)
+        whole_ms = np.array([whole.ms for whole in wholes], dtype=float)
         if not len(wholes) or not np.isfinite(whole_ms).all() or whole_ms.min() <= 0:
             raise InputError(f"the correction needs times of whole models, got {whole_ms.tolist()}")
-        sums = np.array([self.sum_ms(counts, method) for counts, _ in wholes])
-        megabytes = np.array([self.megabytes(counts) for counts, _ in wholes])
+        sums = np.array([self.sum_ms(whole.counts, whole.method) for whole in wholes])
+        megabytes = np.array([self.megabytes(whole.counts) for whole in wholes])
         return replace(self, correction=fit_whole(sums, megabytes, whole_ms))
 
     def to_dict(self) -> dict[str, Any]:

@@ -280,14 +280,14 @@ def _land(bench: Bench, best: Contest, folder: Path) -> Landed:
     """Measure plans near the budget until one lands under it, or trust the table where the profile says so."""
     from vitprune.search.counts import Counts
     from vitprune.search.landing import Approach, land
+    from vitprune.search.latency import Timed
 
     finalists = [one.point for one in best.refined.finalists] if best.refined else []
     if bench.profile.search.landings == 0:
         return _trusted(bench, best)
-    first_method = next(iter(bench.token_methods()), None)
-    anchors = [(Counts.from_dict(row), found["value_ms"]) for row, found in bench.json("measure", "wholes.json")]
-    full = bench.dense.config.patches
-    anchors = [(counts, ms) for counts, ms in anchors if best.method == first_method or min(counts.patches) == full]
+    theirs = next(iter(bench.token_methods()), None)  # the token method of the whole models that were measured
+    wholes = bench.json("measure", "wholes.json")
+    anchors = [Timed(Counts.from_dict(row), found["value_ms"], theirs) for row, found in wholes]
     candidates = folder / "candidates"
     landed = land(
         best.problem,

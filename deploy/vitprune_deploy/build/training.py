@@ -71,8 +71,11 @@ def train_on(processes: int, bench: Bench, slim: Vit, folder: Path) -> None:
         )
 
 
-def batches(bench: Bench, epoch: int) -> Iterator[Tensor]:
-    """One pass over the recovery images, in an order that depends on the seed and the epoch."""
+def batches(bench: Bench, epoch: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """One pass over the recovery images, in an order that depends on the seed and the epoch.
+
+    Which images they are is told where the same ones come again in the next pass.
+    """
     import torch
 
     wanted = bench.profile.recover
@@ -86,8 +89,8 @@ def batches(bench: Bench, epoch: int) -> Iterator[Tensor]:
         generator=torch.Generator().manual_seed(bench.profile.seed + epoch),
         num_workers=0 if len(images) < IN_THE_PROCESS else bench.profile.data.workers,
     )
-    for pixels, _ in loader:
-        yield pixels
+    for pixels, numbers in loader:
+        yield pixels, None if wanted.augment else numbers
 
 
 def main(folder: Path) -> None:

@@ -78,9 +78,9 @@ def picked(images: ImageSet, preprocess: Preprocess, wanted: Sequence[int]) -> t
 class Augmented:
     """Images for training: a map-style data set, as ``torch.utils.data.DataLoader`` takes it.
 
-    An item is the image, float32 [C, H, W], and its class, -1 where unknown. What is done to an image depends on the
-    seed, the epoch and its index alone: mirrored in half of the cases; a piece of 80 to 100% of its area cut out and
-    resized, or, for inputs of up to 64 pixels, the evaluation view shifted by up to a fifteenth of its side.
+    An item is the image, float32 [C, H, W], and its index in the set. What is done to an image depends on the seed, the
+    epoch and its index alone: mirrored in half of the cases; a piece of 80 to 100% of its area cut out and resized, or,
+    for inputs of up to 64 pixels, the evaluation view shifted by up to a fifteenth of its side.
 
     Args:
         images: the set. In place of an image that cannot be read comes the next one that can.
@@ -105,8 +105,7 @@ class Augmented:
         while (pixels := _look(self.images, i, partial(self._vary, i))) is None:
             self.images.check_unreadable()  # ends the loop before it comes round
             i = (i + 1) % len(self)
-        label = self.images.label(i)
-        return self.preprocess.normalise(pixels[None])[0], -1 if label is None else label
+        return self.preprocess.normalise(pixels[None])[0], i
 
     def _vary(self, i: int, image: Image.Image) -> np.ndarray:
         if not self.augment:

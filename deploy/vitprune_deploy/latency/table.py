@@ -15,7 +15,7 @@ from vitprune.errors import InputError
 from vitprune.model.config import VitConfig
 from vitprune.model.vit import Vit
 from vitprune.search.counts import Counts, TokenMethod
-from vitprune.search.latency import Circumstances, LatencyTable, Levels
+from vitprune.search.latency import Circumstances, LatencyTable, Levels, Timed
 from vitprune.search.latency import Pieces as Times
 
 from ..artifact import canonical_sha256
@@ -142,7 +142,7 @@ def measure_table(
     times = {part: piece.value_ms for part, piece in zip(parts, pieces, strict=True)}
     table = LatencyTable.fill(_circumstances(model.config, request, device), levels, _times(times))
     measured = tuple(Whole(plan, one) for plan, one in zip(plans.values(), found, strict=True))
-    table = table.fit_correction([(whole.counts, whole.measurement.value_ms) for whole in measured], request.method)
+    table = table.fit_correction([Timed(plan, one.value_ms, request.method) for plan, one in measured])
     return Result(table, measured, tuple(pieces))
 
 

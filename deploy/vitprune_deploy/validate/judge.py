@@ -87,9 +87,16 @@ def _missed_latency(limits: Limits, figures: Figures) -> list[str]:
     found = figures.latency
     if found is None or found.unstable or _undecided_budget(limits, figures) or found.value_ms <= limits.latency_ms:
         return []
+    then = ""
+    if figures.slowdown < 1 / SLOW:
+        times = 1 / figures.slowdown
+        then = (
+            f"; the machine was slow when the plan was measured, the dense model took {times:.2f} times as "
+            "long as now, so let --fresh search again"
+        )
     return [
         f"latency p{limits.percentile} {found.value_ms:.3g} ms ({found.low_ms:.3g} to {found.high_ms:.3g}) is over "
-        f"the budget of {limits.latency_ms:.3g} ms"
+        f"the budget of {limits.latency_ms:.3g} ms{then}"
     ]
 
 
