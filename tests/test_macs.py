@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from test_surgery import VARIANTS
 from tiny import tiny_config, tiny_vit
@@ -33,6 +35,17 @@ def deit_small_tome() -> VitConfig:
 )
 def test_deit_small_costs_what_fvcore_counts(config, published):
     assert macs(config) == pytest.approx(published, rel=0.005)  # fvcore counts norms as well, 0.2% of the dense model
+
+
+def test_a_last_block_for_the_class_token_alone_saves_the_published_third_of_a_gmac():
+    assert macs(deit_small()) - macs(deit_small({11: 0})) == pytest.approx(0.32e9, rel=0.005)
+
+
+def test_macs_of_a_last_block_for_the_prefix_alone_by_hand():
+    config = tiny_config(depth=1, dim=2, heads=1, mlp=3, image=4, patch=2, classes=5, keep={0: 0})
+    embed, q, kv, attention, proj, mlp, head = 4 * 12 * 2, 2 * 2, 5 * 2 * 4, 5 * 2 * 2, 2 * 2, 2 * 3 * 2, 2 * 5
+    assert macs(config) == embed + q + kv + attention + proj + mlp + head
+    assert macs(replace(config, residual="parallel")) == macs(config)
 
 
 def test_macs_of_one_block_by_hand():

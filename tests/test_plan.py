@@ -63,7 +63,11 @@ def test_plans_that_do_not_follow_one_another_are_refused(first, later, sentence
         (lambda: BlockPlan((1, 0), ()), r"heads must be ascending indices without repeats, got \(1, 0\)"),
         (lambda: BlockPlan((), (3, 3)), r"mlp must be ascending indices without repeats, got \(3, 3\)"),
         (lambda: BlockPlan((-1,), ()), "heads must be ascending"),
-        (lambda: BlockPlan((0,), (0,), 0), "at least 1 patch token, got 0"),
+        (lambda: BlockPlan((0,), (0,), -1), "cannot keep -1 patch tokens"),
+        (
+            lambda: plan(BlockPlan((0,), (0,), 0), BlockPlan((0,), (0,))),
+            "block 0 of the plan keeps no patch token, which",
+        ),
         (lambda: BlockPlan((), (0,), 5), "a block without attention cannot reduce tokens"),
         (lambda: plan(BlockPlan((0,), (0,), 5)), "block 0 of the plan reduces tokens, but the plan names no token"),
         (

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from vitprune.model.config import VitConfig
 from vitprune.model.vit import Vit, fingerprint
 from vitprune.plan import BlockPlan, Plan
 from vitprune.surgery import build, dense_plan, prune
+from vitprune.tokens.base import track_sources
 
 VARIANTS = {
     "plain": {},
@@ -57,6 +59,31 @@ def test_the_slim_model_equals_the_dense_one_with_zeroed_columns(variant):
     # fp32, sums of other lengths in another order; a wrong row would be off by O(0.1)
     torch.testing.assert_close(slim(images(3)), masked(model, plan)(images(3)), rtol=0, atol=1e-5)
     assert (slim(images(3)) - model(images(3))).abs().max() > 1e-2
+
+
+ENDS = [name for name in VARIANTS if name != "attention pooling"]
+
+
+@pytest.mark.parametrize("heads", [(0, 1, 2, 3), (1, 3), ()])
+@pytest.mark.parametrize("variant", ENDS)
+def test_a_last_block_for_the_prefix_alone_answers_the_same(variant, heads):
+    model = tiny_vit(depth=2, **VARIANTS[variant])
+    first, last = BlockPlan((0, 1, 2, 3), tuple(range(64)), 30), BlockPlan(heads, tuple(range(0, 64, 3)))
+    whole = prune(model, plan_for(model, first, last, reducer="tome"))
+    slim = prune(model, plan_for(model, first, replace(last, patches=0), reducer="tome"))
+    state = slim.blocks[1](slim.blocks[0](track_sources(slim.embed(images(3)))))
+    assert state.x.shape[1] == state.source.shape[1] == model.config.prefix
+    torch.testing.assert_close(slim(images(3)), whole(images(3)), rtol=0, atol=1e-5)  # fp32, smaller products
+    again = prune(slim, dense_plan(slim))
+    assert again.config == slim.config
+    torch.testing.assert_close(again(images(3)), slim(images(3)), rtol=0, atol=0)
+
+
+def test_a_last_block_that_something_reads_is_not_cut_short():
+    model = tiny_vit(depth=2, pool="avg")
+    kept = BlockPlan((0, 1, 2, 3), tuple(range(64)))
+    with pytest.raises(InputError, match="block 1 cannot leave the prefix tokens alone: something behind it reads"):
+        prune(model, plan_for(model, kept, replace(kept, patches=0)))
 
 
 @pytest.mark.parametrize("kept", [BlockPlan((), (3, 9)), BlockPlan((1, 2), ()), BlockPlan((), ())])

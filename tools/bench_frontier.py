@@ -30,6 +30,7 @@ from vitprune.search.counts import TokenMethod
 from vitprune.surgery import prune
 from vitprune.tokens.base import Reducer
 from vitprune_deploy.build.bench import Bench
+from vitprune_deploy.build.choose import sizes
 from vitprune_deploy.build.make import slim_model
 from vitprune_deploy.latency.fingerprint import machine_state
 from vitprune_deploy.validate import Paired, Share
@@ -175,7 +176,10 @@ def token_families(bench: Bench) -> list[Family]:
 
 
 def reduced(bench: Bench, method: str, fewest: Callable[[int, int], int], cuts: frozenset[int], share: float) -> Any:
-    """The dense model with ``share`` of its patch tokens removed at each block of ``cuts``."""
+    """The dense model with ``share`` of its patch tokens removed at each block of ``cuts``.
+
+    Its last block is computed for the class token alone, where those of the searched plans are.
+    """
     config, made = bench.dense.config, []
     exact, left = float(config.patches), config.patches
     for number, block in enumerate(config.blocks):
@@ -184,6 +188,8 @@ def reduced(bench: Bench, method: str, fewest: Callable[[int, int], int], cuts: 
             exact = max(1.0, exact * (1 - share))
             out = max(round(exact), fewest(left, config.prefix))
             left, exact = out, max(exact, float(out))
+        if number + 1 == len(config.blocks) and 0 in sizes(bench).patches:
+            out = 0
         made.append(BlockPlan(tuple(range(block.heads)), tuple(range(block.mlp)), out))
     return prune(bench.dense, Plan(fingerprint(bench.dense), config.patches, method, tuple(made)))
 

@@ -15,8 +15,8 @@ def macs(config: VitConfig) -> int:
     total = config.patches * config.dim * config.channels * config.patch_size[0] * config.patch_size[1]
     for block in config.blocks:
         left = tokens if block.patches is None else config.prefix + block.patches
-        total += _attention_macs(config, block, tokens)
-        in_mlp = tokens if config.residual == "parallel" else left
+        total += _attention_macs(config, block, tokens, left if block.patches == 0 else tokens)
+        in_mlp = tokens if config.residual == "parallel" and block.patches != 0 else left
         total += in_mlp * config.dim * block.mlp * (3 if config.gated else 2)
         tokens = left
     if config.pool == "map":
@@ -38,9 +38,10 @@ def params(config: VitConfig) -> int:
     return total + (_heads(config) * _linear(dim, config.classes) if config.classes else 0)
 
 
-def _attention_macs(config: VitConfig, block: BlockConfig, tokens: int) -> int:
-    projections = config.dim * block.heads * (2 * block.qk_dim + 2 * block.v_dim)
-    return tokens * projections + tokens * tokens * block.heads * (block.qk_dim + block.v_dim)
+def _attention_macs(config: VitConfig, block: BlockConfig, tokens: int, queries: int) -> int:
+    """Attention in which the first ``queries`` of ``tokens`` ask, and all are read."""
+    both = block.heads * (block.qk_dim + block.v_dim)
+    return (queries + tokens) * config.dim * both + queries * tokens * both
 
 
 def _block_params(config: VitConfig, block: BlockConfig) -> int:

@@ -16,7 +16,8 @@ class BlockPlan:
     Attributes:
         heads: indices of the kept attention heads in the original block, ascending; empty removes the attention.
         mlp: indices of the kept MLP hidden units in the original block, ascending; empty removes the MLP.
-        patches: patch tokens that leave the block, at the plan's ``patches``; None leaves their number as it is.
+        patches: patch tokens that leave the block, at the plan's ``patches``; None leaves their number as it is; 0, in
+            the last block only: it is computed for the prefix tokens alone, since nothing reads another.
     """
 
     heads: tuple[int, ...]
@@ -28,9 +29,9 @@ class BlockPlan:
             indices = getattr(self, name)
             if list(indices) != sorted(set(indices)) or any(i < 0 for i in indices):
                 raise InputError(f"a plan's {name} must be ascending indices without repeats, got {indices}")
-        if self.patches is not None and self.patches < 1:
-            raise InputError(f"a plan must keep at least 1 patch token, got {self.patches}")
-        if self.patches is not None and not self.heads:
+        if self.patches is not None and self.patches < 0:
+            raise InputError(f"a plan cannot keep {self.patches} patch tokens")
+        if self.patches and not self.heads:
             raise InputError("a block without attention cannot reduce tokens; a plan asks for both")
 
 
@@ -53,7 +54,9 @@ class Plan:
     def __post_init__(self) -> None:
         left = self.patches
         for number, block in enumerate(self.blocks):
-            if block.patches is not None:
+            if block.patches == 0 and number + 1 < len(self.blocks):
+                raise InputError(f"block {number} of the plan keeps no patch token, which only the last one may")
+            if block.patches:
                 if self.reducer is None:
                     raise InputError(f"block {number} of the plan reduces tokens, but the plan names no token method")
                 if block.patches > left:
@@ -95,7 +98,7 @@ class Plan:
                 BlockPlan(
                     heads=tuple(first.heads[i] for i in second.heads),
                     mlp=tuple(first.mlp[i] for i in second.mlp),
-                    patches=min(counts) if counts and second.heads else None,
+                    patches=min(counts) if counts and (second.heads or min(counts) == 0) else None,
                 )
             )
         return Plan(self.model_sha256, self.patches, self.reducer or later.reducer, tuple(blocks))

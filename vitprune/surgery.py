@@ -57,9 +57,11 @@ def build(config: VitConfig, state_dict: Mapping[str, Tensor] | None = None) -> 
     """The model that ``config`` describes, with its token method, in eval mode; weights are copied from ``state_dict``.
 
     Raises:
-        InputError: the token counts are more than one application of the method can do, or the weights do not fit.
+        InputError: the token counts are more than one application of the method can do, a block leaves no patch though
+            something reads them, or the weights do not fit.
         NotSupported: the token method needs a class token and the model has none.
     """
+    _check_prefix_only(config)
     model = Vit(config, _reducers(config)).eval()
     if state_dict is None:
         return model
@@ -90,7 +92,7 @@ def _reducers(config: VitConfig) -> dict[int, nn.Module]:
     reducers: dict[int, nn.Module] = {}
     entering = config.patches
     for number, block in enumerate(config.blocks):
-        if block.patches is None:
+        if not block.patches:
             continue
         fewest = kind.fewest(entering, config.prefix)
         if not fewest <= block.patches <= entering:
@@ -101,6 +103,12 @@ def _reducers(config: VitConfig) -> dict[int, nn.Module]:
         reducers[number] = kind()
         entering = block.patches
     return reducers
+
+
+def _check_prefix_only(config: VitConfig) -> None:
+    for number, block in enumerate(config.blocks):
+        if block.patches == 0 and not (config.reads_prefix_only and number + 1 == len(config.blocks)):
+            raise InputError(f"block {number} cannot leave the prefix tokens alone: something behind it reads patches")
 
 
 def _without_class_token() -> str:
@@ -122,7 +130,7 @@ def _pruned_config(config: VitConfig, plan: Plan) -> VitConfig:
     blocks, entering = [], config.patches
     for number, (block, kept) in enumerate(zip(config.blocks, plan.blocks, strict=True)):
         pruned = _pruned_block(block, kept, number, entering)
-        entering = pruned.patches or entering
+        entering = entering if pruned.patches is None else pruned.patches
         blocks.append(pruned)
     reducer = config.reducer or plan.reducer
     return config.with_blocks(blocks, reducer if any(block.patches for block in blocks) else None)
@@ -133,7 +141,7 @@ def _pruned_block(block: BlockConfig, kept: BlockPlan, number: int, entering: in
         if indices and indices[-1] >= count:
             raise InputError(f"block {number}: the plan keeps {name} up to {indices[-1]}, the model has {count}")
     counts = [patches for patches in (block.patches, kept.patches) if patches is not None]
-    patches = min(counts, default=entering) if kept.heads else entering
+    patches = min(counts, default=entering) if kept.heads or 0 in counts else entering
     left = patches if patches < entering else None  # a block that leaves what enters needs no reducer
     return replace(block, heads=len(kept.heads), mlp=len(kept.mlp), patches=left)
 

@@ -16,6 +16,7 @@ from vitprune.tokens.evit import EViT
 from vitprune.tokens.tome import ToMe
 from vitprune_deploy.latency import table as tables
 from vitprune_deploy.latency.pieces import PieceFiles, only_block, spread
+from vitprune_deploy.latency.protocol import measure
 from vitprune_deploy.latency.table import Request, accept, make_levels, measure_table, table_key
 from vitprune_deploy.latency.wholes import export_whole, measure_models, onnxruntime_loader, random_counts, slim
 
@@ -54,6 +55,33 @@ def test_a_table_is_measured_filled_and_corrected(measured):
     assert told[-1][0] <= told[-1][1] == 1000
 
 
+def test_a_last_block_for_the_prefix_alone_is_measured_where_it_is_asked_for(measured, model, tmp_path):
+    request = replace(REQUEST, tokens=(25, 12, 0))
+    result = measure_table(model, request, onnxruntime_loader(1), tmp_path)
+    assert set(result.table.attn_prefix) == {(n, 4) for n in (49, 25, 12)}
+    assert result.table.mlp_ms(0, 64) > 0
+    assert result.wholes[0].counts.patches == (49,)
+    assert {whole.counts.patches for whole in result.wholes[1:]} == {(0,)}
+    assert measured[0].table.attn_prefix == {}
+    device = result.table.circumstances.device
+    assert accept(result.table, model.config, request, device) == accept(result.table, model.config, REQUEST, device)
+
+
+@pytest.mark.parametrize("slow", [1, 2])
+def test_what_was_measured_on_a_slow_machine_is_measured_again(model, tmp_path, monkeypatch, slow):
+    calls = []
+
+    def slow_once(*arguments, **more):
+        calls.append(len(arguments[0]))
+        pace_ms = 20.0 if len(calls) == slow else 10.0  # of the reference
+        return [one.at(pace_ms) for one in measure(*arguments, **more)]
+
+    monkeypatch.setattr(tables, "measure", slow_once)
+    result = measure_table(model, REQUEST, onnxruntime_loader(1), tmp_path)
+    assert calls == [len(result.pieces), len(result.wholes), len(result.pieces if slow == 1 else result.wholes)]
+    assert {one.reference_ms for one in (*result.pieces, *(w.measurement for w in result.wholes))} == {10.0}
+
+
 def test_whole_models_of_a_table_start_with_the_dense_one_and_differ(measured, model):
     result, _ = measured
     assert result.wholes[0].counts == Counts.dense([4], [64], 49)
@@ -79,6 +107,7 @@ def test_a_table_is_accepted_where_it_was_measured_and_for_what(measured, model)
         ({"tokens": (30,)}, "no tokens level 30"),
         ({"mlp": (32,)}, "no mlp level 32"),
         ({"methods": (TOME,)}, "no times of tome"),
+        ({"tokens": (25, 12, 0)}, "no times of a last block for prefix tokens alone"),
     ],
 )
 def test_a_table_for_something_else_is_refused(measured, model, change, says):

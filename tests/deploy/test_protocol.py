@@ -51,6 +51,25 @@ def test_a_drift_of_the_whole_machine_by_30_percent_cancels_out():
     assert np.ptp(a.samples_ms) < 0.1 * a.value_ms
 
 
+def test_visits_while_the_machine_was_slow_do_not_count_once_it_is_itself_again():
+    bench = Bench(speed=lambda s: 2.0 if s < 1.5 else 1.0)
+    rng = np.random.default_rng(0)
+    # what shares the silicon slows this model less than the reference
+    spared = bench.subject("spared", 10.0, stall=lambda: (-6.0 if bench.now_s < 1.5 else 0.0, 0.0))
+    noisy = bench.subject("noisy", 10.0, stall=lambda: (float(rng.uniform(0, 2)), 0.0))
+    found, _ = measure([spared, noisy], bench.subject("ref", 5.0), machine=bench.machine)
+    assert (found.value_ms, found.reference_ms) == pytest.approx((10.0, 5.0), rel=0.01)
+    assert MIN_ROUNDS <= found.rounds < 25
+    assert not found.unstable
+    assert found.reference_drift > 0.9
+
+
+def test_a_machine_that_stays_slow_is_measured_as_it_is():
+    bench = Bench(speed=lambda s: 2.0)
+    (found,) = measure([bench.subject("a", 10.0)], bench.subject("ref", 5.0), machine=bench.machine)
+    assert (found.value_ms, found.rounds, found.unstable) == (pytest.approx(20.0), MIN_ROUNDS, False)
+
+
 def test_what_the_reference_cannot_see_stays_in_the_figure():
     bench = Bench()
     (a,) = measure([bench.subject("a", 10.0)], bench.subject("ref", 5.0), machine=bench.machine)

@@ -14,6 +14,7 @@ from synthetic import (
     TOKENS,
     TOME,
     dense,
+    ending_early,
     levels,
     pieces,
     random_counts,
@@ -42,6 +43,29 @@ def test_token_sizes_cost_from_the_first_merge_on():
     counts = Counts((6, 6, 6), (1536, 1536, 1536), (196, 137, 137))
     plain = table().sum_ms(counts, TOME._replace(proportional=False))
     assert table().sum_ms(counts, TOME) - plain == pytest.approx(0.1 * 1.265)  # only block 2 sees merged tokens
+
+
+def test_a_last_block_for_the_prefix_alone_is_added_by_hand():
+    counts = Counts((6, 3), (1536, 768), (137, 0))  # block 1 reads 137 patches, and its MLP and the head none
+    by_hand = 0.753 + (1.885 + 0.21 + 1.754) + (0.25 * 0.729 + 0.005) + 0.02
+    assert ending_early().sum_ms(counts, EVIT) == pytest.approx(by_hand, rel=1e-12)
+    without = 0.753 + (1.885 + 0.21 + 1.754) + 0.02
+    assert ending_early().sum_ms(Counts((6, 0), (1536, 0), (137, 0)), EVIT) == pytest.approx(without, rel=1e-12)
+    again = LatencyTable.from_dict(json.loads(json.dumps(ending_early().to_dict())))
+    assert again == ending_early()
+    with pytest.raises(InputError, match=r"no last attention entry for \(137, 3\)"):
+        table().sum_ms(counts, EVIT)
+
+
+def test_times_of_a_last_block_are_filled_in_from_a_few():
+    some = {key: ms for key, ms in pieces().attn.items() if key[0] in (196, 67) and key[1] in (6, 2)}
+    mlp = pieces().mlp | {(0, 1536): 0.02, (0, 384): 0.01}
+    filled = LatencyTable.fill(CIRCUMSTANCES, levels(), pieces(attn_prefix=some, mlp=mlp))
+    assert set(filled.attn_prefix) == set(filled.attn)
+    assert not filled.attn_prefix[137, 4].measured
+    assert 0.286 < filled.attn_prefix_ms(137, 4) < 1.885
+    assert filled.mlp_ms(0, 768) >= 0
+    assert filled.head_ms(0) >= 0
 
 
 def test_prediction_adds_the_corrected_sum_and_the_cold_weights():
@@ -229,8 +253,14 @@ def test_damaged_json_is_refused_whatever_is_broken():
         for value in garbage:
             broken = copy.deepcopy(plain)
             broken[name] = value
-            # empty means "nothing of this kind was measured" in these two
-            if (name, value) in [("attn_sized", []), ("attn_sized", {}), ("reduce", {})]:
+            # empty means "nothing of this kind was measured" in these
+            if (name, value) in [
+                ("attn_sized", []),
+                ("attn_sized", {}),
+                ("reduce", {}),
+                ("attn_prefix", []),
+                ("attn_prefix", {}),
+            ]:
                 continue
             with pytest.raises(InputError):
                 LatencyTable.from_dict(broken)

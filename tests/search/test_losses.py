@@ -247,6 +247,6 @@ def test_leaving_out_what_the_output_does_not_read_changes_nothing(variant):
     model, pictures = tiny_vit(**variant), images(3)
     with ending_early(model):
         early = model(pictures)
-        assert (model.blocks[-1].keep == 0) == (variant != {"pool": "avg"})
-    assert model.blocks[-1].keep is None
+        assert model.blocks[-1].prefix_only == (variant != {"pool": "avg"})
+    assert not model.blocks[-1].prefix_only
     torch.testing.assert_close(early, model(pictures), rtol=1e-5, atol=1e-5)  # fp32, smaller products

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from synthetic import EVIT, HEADS, MLP, TOKENS, TOME, dense, losses, problem, table
+from synthetic import EVIT, HEADS, MLP, TOKENS, TOME, dense, ending_early, losses, problem, table
 
 from vitprune.errors import BudgetUnreachable, InputError
 from vitprune.search.counts import Counts, Sizes
@@ -68,6 +68,31 @@ def test_the_search_agrees_with_trying_every_plan(method):
         assert found.predicted_ms <= budget
         assert loss[ms <= budget].min() - 1e-9 <= found.loss
         assert found.loss <= loss[ms <= budget - plans.frontier.slack_ms].min() + 1e-9
+
+
+@pytest.mark.parametrize("method", [EVIT, TOME, None])
+def test_with_a_last_block_for_the_prefix_alone_it_agrees_with_trying_every_plan(method):
+    made = problem(5, 2, method, replace(ending_early(), correction=(0.3, 0.98, 0.0375)))
+    made = replace(made, sizes=Sizes((*HEADS[:2], 0), (MLP[0], MLP[2], 0), (*TOKENS, 0)))
+    plain = {(c.heads, c.mlp, c.patches[0]) for c in every_plan(made, 2)} if method else set()
+    plain = plain or {(h, m, 196) for h in itertools.product((*HEADS[:2], 0), repeat=2)
+                      for m in itertools.product((MLP[0], MLP[2], 0), repeat=2)}  # fmt: skip
+    counts = [Counts(heads, mlp, (patches, 0)) for heads, mlp, patches in plain]
+    ms = np.array([made.predict_ms(c) for c in counts])
+    loss = np.array([sum(made.losses_of(c).values()) for c in counts])
+    plans = made.solve([ms.min() * 1.01, ms.max() * 1.01])
+    for budget in np.linspace(ms.min() * 1.01, ms.max(), 25):
+        found = plans.best(float(budget))
+        assert found.counts in counts
+        assert loss[ms <= budget].min() - 1e-9 <= found.loss
+        assert found.loss <= loss[ms <= budget - plans.frontier.slack_ms].min() + 1e-9
+    assert made.predict_ms(dense(2)) > ms.max()  # the dense model is the user's, with its last block whole
+    assert plans.best(ms.max() * 1.01).loss == 0
+
+
+def test_a_table_without_times_of_such_a_last_block_is_refused():
+    with pytest.raises(InputError, match="no times of a last block for the prefix"):
+        replace(problem(1), sizes=Sizes(HEADS, MLP, (*TOKENS, 0)))
 
 
 def test_tokens_leave_only_where_there_is_attention_and_a_measured_loss():

@@ -20,7 +20,8 @@ class BlockConfig:
         v_dim: size of a head's values.
         scale: what q k^T is multiplied by; the original model's, whatever has been pruned since.
         mlp: hidden units of the MLP (after the gate, where it has one).
-        patches: patch tokens that leave the block at the config's ``patches``; None: all that entered.
+        patches: patch tokens that leave the block at the config's ``patches``; None: all that entered; 0, in the last
+            block only: it is computed for the prefix tokens alone, and its attention reads all that entered.
     """
 
     heads: int
@@ -116,6 +117,11 @@ class VitConfig:
     def patches(self) -> int:
         """Patch tokens of an image of ``image_size``."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def reads_prefix_only(self) -> bool:
+        """Whether the output depends on the class and distillation tokens alone."""
+        return self.distilled or self.pool == "token"
 
     def with_blocks(self, blocks: list[BlockConfig], reducer: str | None) -> VitConfig:
         """The same model with other blocks."""

@@ -9,7 +9,7 @@ stays that of the original head size after pruning, and the prefix tokens carry 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,13 +39,26 @@ class Attention(nn.Module):
         self.norm = make_norm(config, self.sizes[2]) if config.attn_norm else nn.Identity()
         self.proj = nn.Linear(self.sizes[2], config.dim, bias=config.proj_bias)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, AttentionView]:
-        """Attention of ``x`` [B, N, C]; ``bias`` [B, 1, 1, N] is added to the scaled logits. Also what it saw."""
-        q, k, v = (_split_heads(part, self.heads) for part in self.qkv(x).split(self.sizes, dim=-1))
+    def forward(self, x: Tensor, bias: Tensor | None, queries: int | None = None) -> tuple[Tensor, AttentionView]:
+        """Attention of ``x`` [B, N, C] and what it saw; ``bias`` [B, 1, 1, N] is added to the scaled logits.
+
+        ``queries``: only so many tokens, the first ones, ask; the others are but read.
+        """
+        q, k, v = (_split_heads(part, self.heads) for part in self._project(x, queries))
         q, k = self.q_norm(q), self.k_norm(k)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
         out = self.norm(out.transpose(1, 2).flatten(2))
         return self.proj(out), AttentionView(q, k, self.scale, bias)
+
+    def _project(self, x: Tensor, queries: int | None) -> Sequence[Tensor]:
+        """Queries, keys and values of all heads."""
+        if queries is None:
+            return self.qkv(x).split(self.sizes, dim=-1)
+        (q_weight, kv_weight), (q_bias, kv_bias) = (
+            (None, None) if part is None else part.split([self.sizes[0], self.sizes[1] + self.sizes[2]])
+            for part in (self.qkv.weight, self.qkv.bias)
+        )
+        return F.linear(x[:, :queries], q_weight, q_bias), *F.linear(x, kv_weight, kv_bias).split(self.sizes[1:], -1)
 
 
 class Mlp(nn.Module):
@@ -97,20 +110,30 @@ class Block(nn.Module):
         self.norm2 = make_norm(config) if block.mlp else nn.Identity()
         self.ls2 = LayerScale(config.dim) if block.mlp and config.layer_scale else nn.Identity()
         self.reducer: Any = reducer
-        self.keep, self.reference = block.patches, config.patches
+        self.prefix_only = block.patches == 0
+        self.keep, self.reference = block.patches or None, config.patches
 
     def forward(self, state: TokenState) -> TokenState:
         """The tokens that leave this block."""
+        left = self.treated(state)
         if self.attn is not None:
             out, attention = self.attend(state)
-            state = self.reduce(state._replace(x=state.x + out), attention)
+            left = self.reduce(left._replace(x=left.x + out), attention)
         if self.mlp is not None:
-            state = state._replace(x=state.x + self.feed(state.x))
-        return state
+            left = left._replace(x=left.x + self.feed(left.x))
+        return left
+
+    def treated(self, state: TokenState) -> TokenState:
+        """The tokens that the block computes anew."""
+        if not self.prefix_only:
+            return state
+        size, source = (None if part is None else part[:, : state.prefix] for part in (state.size, state.source))
+        return state._replace(x=state.x[:, : state.prefix], size=size, source=source)
 
     def attend(self, state: TokenState) -> tuple[Tensor, AttentionView]:
-        """What attention adds to the tokens, [B, N, C], and what it saw."""
-        out, attention = self.attn(self.norm1(state.x), size_bias(state))
+        """What attention adds to the tokens that are treated, [B, N, C], and what it saw."""
+        queries = state.prefix if self.prefix_only else None
+        out, attention = self.attn(self.norm1(state.x), size_bias(state), queries)
         return self.ls1(out), attention
 
     def feed(self, x: Tensor) -> Tensor:
@@ -132,7 +155,8 @@ class PostNormBlock(Block):
     """A block whose norms stand behind its halves."""
 
     def attend(self, state: TokenState) -> tuple[Tensor, AttentionView]:
-        out, attention = self.attn(state.x, size_bias(state))
+        queries = state.prefix if self.prefix_only else None
+        out, attention = self.attn(state.x, size_bias(state), queries)
         return self.ls1(self.norm1(out)), attention
 
     def feed(self, x: Tensor) -> Tensor:
@@ -146,11 +170,12 @@ class ParallelBlock(Block):
     """
 
     def forward(self, state: TokenState) -> TokenState:
-        x = state.x if self.mlp is None else state.x + self.feed(state.x)
+        left = self.treated(state)
+        x = left.x if self.mlp is None else left.x + self.feed(left.x)
         if self.attn is None:
-            return state._replace(x=x)
+            return left._replace(x=x)
         out, attention = self.attend(state)
-        return self.reduce(state._replace(x=x + out), attention)
+        return self.reduce(left._replace(x=x + out), attention)
 
 
 class AttentionPool(nn.Module):

@@ -16,7 +16,8 @@ class Counts:
     Attributes:
         heads: kept attention heads; 0: the attention half is removed.
         mlp: kept MLP hidden units; 0: the MLP half is removed.
-        patches: patch tokens that leave the block, never rising.
+        patches: patch tokens that leave the block, never rising; 0, in the last block only: it is computed for the
+            prefix tokens alone.
     """
 
     heads: tuple[int, ...]
@@ -27,7 +28,7 @@ class Counts:
         if not len(self.heads) == len(self.mlp) == len(self.patches) > 0:
             lengths = f"{len(self.heads)} heads, {len(self.mlp)} mlp, {len(self.patches)} patches"
             raise InputError(f"counts need one entry per block of each kind, got {lengths}")
-        if min(self.heads) < 0 or min(self.mlp) < 0 or min(self.patches) < 1:
+        if min(self.heads) < 0 or min(self.mlp) < 0 or min(self.patches[:-1], default=1) < 1 or self.patches[-1] < 0:
             raise InputError(f"counts keep at least 0 heads, 0 units and 1 patch token in each block, got {self}")
         for block, (before, after) in enumerate(zip(self.patches, self.patches[1:], strict=False), start=1):
             if after > before:
@@ -69,7 +70,8 @@ class Sizes:
 
     Attributes:
         heads, mlp: units to keep; 0 removes the half. Keeping all is always a choice.
-        patches: patch tokens to leave; empty where tokens are not reduced.
+        patches: patch tokens to leave; empty where tokens are not reduced; 0: the last block is computed for the prefix
+            tokens alone, which only a model that reads no others behind it can be.
     """
 
     heads: tuple[int, ...]

@@ -17,7 +17,7 @@ from ..statistics import Half, Progress, batches, blocks_of
 from ..surgery import prune
 from ..tokens.base import Reducer
 from .counts import Counts
-from .probes import PrefixOnly, distance, ending_early, put_in, reads_prefix_only
+from .probes import distance, ending_early, put_in
 from .rankings import Rankings
 
 Choice = tuple[int, int, int | None]  # heads, hidden units and patch tokens that a block leaves; None: all that enter
@@ -82,7 +82,7 @@ class Evaluator:
             raise InputError(f"plan {number} has {len(plan.heads)} blocks, the model has {len(self.model.blocks)}")
         out = plan.patches_out(self.model.config.patches)
         for block, (heads, keep) in enumerate(zip(plan.heads, out, strict=True)):
-            if keep is not None and (not heads or self.method is None):
+            if keep and (not heads or self.method is None):
                 lacks = "no token method was named" if heads else "without attention it cannot"
                 raise InputError(f"plan {number} leaves {keep} patch tokens at block {block}, but {lacks}")
         return list(zip(plan.heads, plan.mlp, out, strict=True))
@@ -123,10 +123,10 @@ class Evaluator:
         heads, mlp, keep = choice
         block = blocks_of(self.model)[index]
         change: dict[str, Any] = {"attn": self.halves[index, "attn", heads], "mlp": self.halves[index, "mlp", mlp]}
-        if keep is not None and self.method is not None:
+        if keep and self.method is not None:
             change |= {"reducer": self.method(), "keep": keep}
-        elif heads and index == len(self.model.blocks) - 1 and reads_prefix_only(self.model):
-            change |= {"reducer": PrefixOnly(), "keep": 0}
+        elif index == len(self.model.blocks) - 1 and self.model.config.reads_prefix_only:
+            change |= {"prefix_only": True}
         with put_in(block, **change):
             return block(state)
 

@@ -8,7 +8,7 @@ MLP width are separable, so the table has ``tokens * (heads + mlp)`` entries.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -100,6 +100,8 @@ class Pieces:
         head: patches -> everything after the last block.
         attn_sized: as ``attn``, with the bias of token sizes; empty where no proportional method is in question.
         reduce: token method -> (patches, fewer patches) -> time of attention with the reduction minus attention alone.
+        attn_prefix: as ``attn``, of a last block that is computed for the prefix tokens alone, as its MLP and the head
+            then are: (0, units) in ``mlp``, 0 in ``head``; empty where the model reads patches behind it.
     """
 
     attn: Mapping[Key, float]
@@ -108,6 +110,7 @@ class Pieces:
     head: Mapping[int, float]
     attn_sized: Mapping[Key, float]
     reduce: Mapping[str, Mapping[Key, float]]
+    attn_prefix: Mapping[Key, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,8 @@ class LatencyTable:
     """Milliseconds of a model's parts on one device. Token counts between its levels are refused, not interpolated.
 
     Attributes:
-        attn, mlp, attn_sized, head, reduce: as in ``Pieces``, for the whole grid; ``attn_sized`` may be empty.
+        attn, mlp, attn_sized, head, reduce, attn_prefix: as in ``Pieces``, for the whole grid; ``attn_sized`` and
+            ``attn_prefix`` may be empty.
         correction: (a in ms, b, kappa in ms per megabyte), see above; (0, 1, 0) before whole models were measured.
     """
 
@@ -127,13 +131,17 @@ class LatencyTable:
     head: Mapping[int, Entry]
     attn_sized: Mapping[Key, Entry]
     reduce: Mapping[str, Mapping[Key, Entry]]
+    attn_prefix: Mapping[Key, Entry] = field(default_factory=dict)
     correction: tuple[float, float, float] = (0.0, 1.0, 0.0)
 
     def __post_init__(self) -> None:
         grid = self.levels
+        left = (*grid.tokens, 0) if self.attn_prefix else grid.tokens
         _check("attention", self.attn, [(n, h) for n in grid.tokens for h in grid.heads])
-        _check("MLP", self.mlp, [(n, m) for n in grid.tokens for m in grid.mlp])
-        _check("head", self.head, list(grid.tokens))
+        _check("MLP", self.mlp, [(n, m) for n in left for m in grid.mlp])
+        _check("head", self.head, list(left))
+        if self.attn_prefix:
+            _check("last attention", self.attn_prefix, list(self.attn))
         if self.attn_sized:
             _check("sized attention", self.attn_sized, list(self.attn))
         for method, entries in self.reduce.items():
@@ -145,19 +153,23 @@ class LatencyTable:
     def fill(cls, circumstances: Circumstances, levels: Levels, pieces: Pieces) -> LatencyTable:
         """The table whose entries are the measured ones where there are some, and fitted forms elsewhere.
 
-        With n = prefix + patches: attention c0 + c1 n h + c2 n^2 h + c3 n; token sizes add c0 + c1 n + c2 n^2 h; MLP
-        c0 + c1 n m + c3 n; a step from n to k tokens c0 + c1 n + c2 n k + c3 n^2; the head c0 + c1 n. All c >= 0.
+        With n = prefix + patches: attention c0 + c1 n h + c2 n^2 h + c3 n, without c2 where the prefix tokens alone
+        ask; token sizes add c0 + c1 n + c2 n^2 h; MLP c0 + c1 n m + c3 n; a step from n to k tokens c0 + c1 n + c2 n k
+        + c3 n^2; the head c0 + c1 n. All c >= 0.
         Times of reductions are differences, and one that noise made negative counts as 0.
 
         Raises:
             InputError: an entry lies outside the grid, is no time, or there are too few to fit a form.
         """
         at = levels.prefix
+        left = (*levels.tokens, 0) if pieces.attn_prefix else levels.tokens
         attn_keys = [(n, h) for n in levels.tokens for h in levels.heads]
-        mlp_keys = [(n, m) for n in levels.tokens for m in levels.mlp]
+        mlp_keys = [(n, m) for n in left for m in levels.mlp]
         attn = _fill("attention", attn_keys, pieces.attn, [_attention(at + n, h) for n, h in attn_keys])
         mlp = _fill("MLP", mlp_keys, pieces.mlp, [(1, (at + n) * m, at + n) for n, m in mlp_keys])
-        head = _fill("head", list(levels.tokens), pieces.head, [(1, at + n) for n in levels.tokens])
+        head = _fill("head", list(left), pieces.head, [(1, at + n) for n in left])
+        asked = [(1, (at + n) * h, at + n) for n, h in attn_keys]
+        prefix = _fill("last attention", attn_keys, pieces.attn_prefix, asked) if pieces.attn_prefix else {}
         steps = levels.steps()
         work = [(1, at + n, (at + n) * (at + k), (at + n) ** 2) for n, k in steps]
         reduce = {
@@ -165,7 +177,7 @@ class LatencyTable:
             for name, measured in pieces.reduce.items()
         }
         sized = _fill_sized(attn, pieces.attn_sized, at) if pieces.attn_sized else {}
-        return cls(circumstances, levels, attn, mlp, pieces.stem_ms, head, sized, reduce)
+        return cls(circumstances, levels, attn, mlp, pieces.stem_ms, head, sized, reduce, prefix)
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -182,6 +194,10 @@ class LatencyTable:
         return (
             0.0 if heads == 0 else self._entry("sized attention" if sized else "attention", entries, (patches, heads))
         )
+
+    def attn_prefix_ms(self, patches: int, heads: int) -> float:
+        """The attention half of a last block computed for the prefix tokens alone. Raises as ``attn_ms``."""
+        return 0.0 if heads == 0 else self._entry("last attention", self.attn_prefix, (patches, heads))
 
     def mlp_ms(self, patches: int, units: int) -> float:
         """The MLP half; 0 for 0 units. Raises as ``attn_ms``."""
@@ -215,6 +231,8 @@ class LatencyTable:
         """
         total, patches = self.stem_ms, self.levels.tokens[0]
         for block, (heads, units, left) in enumerate(zip(counts.heads, counts.mlp, counts.patches, strict=True)):
+            if left == 0:
+                return total + self.attn_prefix_ms(patches, heads) + self.mlp_ms(0, units) + self.head_ms(0)
             if left != patches and (method is None or heads == 0):
                 why = "without a token method" if method is None else "without attention"
                 raise InputError(f"block {block} turns {patches} patch tokens into {left} {why}")
@@ -255,6 +273,7 @@ class LatencyTable:
             "head": [[n, *entry] for n, entry in self.head.items()],
             "attn_sized": _plain(self.attn_sized),
             "reduce": {name: _plain(entries) for name, entries in self.reduce.items()},
+            "attn_prefix": _plain(self.attn_prefix),
             "correction": list(self.correction),
         }
 
@@ -278,6 +297,7 @@ class LatencyTable:
                 head={int(n): Entry(float(ms), bool(measured)) for n, ms, measured in plain["head"]},
                 attn_sized=_entries(plain["attn_sized"]),
                 reduce={name: _entries(rows) for name, rows in plain["reduce"].items()},
+                attn_prefix=_entries(plain["attn_prefix"]),
                 correction=_three(plain["correction"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:

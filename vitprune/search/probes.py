@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..model.state import AttentionView, TokenState
+from ..model.state import TokenState
 from ..model.vit import Block, Vit
 from ..statistics import Half, blocks_of, out_layers, unit_sizes
 from ..tokens.base import Reducer
@@ -58,32 +58,14 @@ class Probes:
         return self.model.classify(state)
 
 
-class PrefixOnly(Reducer):
-    """Leaves no patch: behind the last attention nothing reads them, where the output depends on prefix tokens."""
-
-    @staticmethod
-    def fewest(patches: int, prefix: int) -> int:
-        """None at all."""
-        return 0
-
-    def forward(self, state: TokenState, attention: AttentionView, keep: int) -> TokenState:
-        """The prefix, whatever ``keep`` is."""
-        return state._replace(x=state.x[:, : state.prefix], size=None, source=None)
-
-
-def reads_prefix_only(model: Vit) -> bool:
-    """Whether the output depends on the class and distillation tokens alone."""
-    return model.config.distilled or model.config.pool == "token"
-
-
 @contextmanager
 def ending_early(model: Vit) -> Iterator[None]:
-    """While open, the last block's MLP works on no more than the output reads: a tenth of all work, for free."""
+    """While open, the last block works on no more than the output reads: a tenth of all work, for free."""
     last = blocks_of(model)[-1]
-    if not reads_prefix_only(model) or last.attn is None or last.keep is not None:
+    if not model.config.reads_prefix_only or last.keep is not None:
         yield
         return
-    with put_in(last, reducer=PrefixOnly(), keep=0):
+    with put_in(last, prefix_only=True):
         yield
 
 

@@ -64,7 +64,9 @@ class Problem:
             raise InputError(f"the losses were measured with {self.losses.token_method}, not with {self.method.name}")
         if self.method is not None and self.method.needs_class_token and self.table.levels.prefix == 0:
             raise InputError(f"{self.method.name} scores by the class token's attention; this model has none")
-        unknown = [n for n in self.sizes.patches if n not in self.table.tokens]
+        if self.ends_early and not self.table.attn_prefix:
+            raise InputError("the latency table has no times of a last block for the prefix tokens alone")
+        unknown = [n for n in self.sizes.patches if n and n not in self.table.tokens]
         if unknown:
             raise InputError(f"the latency table has no level of {unknown[0]} patch tokens; it has {self.table.tokens}")
         unknown_units = self.weights.keys() - set(self.units())
@@ -81,9 +83,15 @@ class Problem:
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """Token levels of the search, descending, all of the patches first."""
+        """Token levels of the search, descending, all of the patches first; 0 where the last block leaves none."""
         full = self.table.tokens[0]
-        return (full, *sorted(set(self.sizes.patches if self.method else ()) - {full}, reverse=True))
+        fewer = {n for n in self.sizes.patches if n < full and (self.method or n == 0)}
+        return (full, *sorted(fewer, reverse=True))
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether the last block is computed for the prefix tokens alone."""
+        return 0 in self.sizes.patches
 
     def units(self) -> list[Unit]:
         """The parts whose losses can be weighted."""
@@ -106,12 +114,12 @@ class Problem:
         """
         found, n = {}, self.levels[0]
         for block, (h, m, left) in enumerate(zip(counts.heads, counts.mlp, counts.patches, strict=True)):
-            curve = {self.levels[0]: 0.0} | dict(self.losses.tokens[block] if self.method else {})
+            curve = {self.levels[0]: 0.0, 0: 0.0} | dict(self.losses.tokens[block] if self.method else {})
             try:
                 found[block, "heads"] = self.losses.heads[block][h]
                 found[block, "mlp"] = self.losses.mlp[block][m]
                 if self.method:
-                    found[block, "tokens"] = max(0.0, curve[left] - curve[n]) if left != n else 0.0
+                    found[block, "tokens"] = max(0.0, curve[left] - curve[n]) if left not in (n, 0) else 0.0
             except KeyError as error:
                 raise InputError(
                     f"block {block} has no loss for {error} of {h} heads, {m} units, {n} -> {left}"
@@ -126,7 +134,7 @@ class Problem:
     def constant_ms(self) -> list[float]:
         """By token level, the time of what is no choice: overhead, stem and head."""
         a, b, _ = self.table.correction
-        return [a + b * (self.table.stem_ms + self.table.head_ms(n)) for n in self.levels]
+        return [a + b * (self.table.stem_ms + self.table.head_ms(n)) for n in self.levels]  # of each last level
 
     def blocks(self) -> list[Block]:
         """The choices of each block, losses weighted and times corrected, cold weights included."""
@@ -138,14 +146,23 @@ class Problem:
         weight, cold_ms = self.weights.get((number, "mlp"), 1.0), kappa * self.table.levels.unit_bytes / 1e6
         choices = [
             [Choice(weight * mlp[m], b * self.table.mlp_ms(n, m) + cold_ms * m, ("mlp", m)) for m in sizes]
+            if (n == 0) == self._is_prefix_only(number)
+            else []
             for n in self.levels
         ]
-        return [self._attention_and_step(number), Stay(choices)]
+        return [*self._attention_and_step(number), Stay(choices)]
 
-    def _attention_and_step(self, number: int) -> Part:
+    def _is_prefix_only(self, number: int) -> bool:
+        return self.ends_early and number + 1 == len(self.losses.heads)
+
+    def _attention_and_step(self, number: int) -> list[Part]:
         """A block whose attention is removed leaves all the tokens that enter it."""
         heads = self.losses.heads[number]
         sizes = [max(heads), *(size for size in self.sizes.below("attn", max(heads)) if size in heads)]
+        if self._is_prefix_only(number):
+            last = len(self.levels) - 1
+            leave = {(level, last): Choice(0.0, 0.0, ("patches", 0)) for level in range(last)}
+            return [self._attention(number, sizes), Move(leave)]
         step, branches = Move(self._steps(number)), []
         if sizes[0]:
             present = self._attention(number, [size for size in sizes if size])
@@ -153,19 +170,24 @@ class Problem:
             branches.append([step, present] if before else [present, step])
         if sizes[-1] == 0:
             branches.append([self._attention(number, [0])])
-        return Either(branches)
+        return [Either(branches)]
 
     def _attention(self, number: int, sizes: Sequence[int]) -> Part:
         """Attention of one of ``sizes`` heads. Where tokens have been merged, it carries their sizes."""
         heads, (_, b, kappa) = self.losses.heads[number], self.table.correction
         weight, cold_ms = self.weights.get((number, "heads"), 1.0), kappa * self.table.levels.head_bytes / 1e6
-        proportional = self.method is not None and self.method.proportional
-        rows = []
+        rows: list[list[Choice]] = []
         for n in self.levels:
-            sized = proportional and n < self.levels[0]
-            times = [b * self.table.attn_ms(n, h, sized) + cold_ms * h for h in sizes]
-            rows.append([Choice(weight * heads[h], ms, ("heads", h)) for h, ms in zip(sizes, times, strict=True)])
+            present = sizes if n else ()  # no patch is left behind the last attention only
+            times = [b * self._attn_ms(number, n, h) + cold_ms * h for h in present]
+            rows.append([Choice(weight * heads[h], ms, ("heads", h)) for h, ms in zip(present, times, strict=True)])
         return Stay(rows)
+
+    def _attn_ms(self, number: int, patches: int, heads: int) -> float:
+        if self._is_prefix_only(number):
+            return self.table.attn_prefix_ms(patches, heads)
+        merged = self.method is not None and self.method.proportional and patches < self.levels[0]
+        return self.table.attn_ms(patches, heads, merged)
 
     def _steps(self, number: int) -> dict[tuple[int, int], Choice]:
         """E(fewer) - E(entering), where both were measured and one application of the method gets there."""
@@ -204,10 +226,11 @@ class Plans:
             return self._point(self.frontier.best(budget_ms), budget_ms)
         except BudgetUnreachable as error:
             least, whole = self.fastest.counts, self._problem.dense()
+            patches = min(filter(None, least.patches))
             raise BudgetUnreachable(
                 f"{error}; it keeps {sum(least.heads)} of {sum(whole.heads)} heads, {sum(least.mlp)} of "
-                f"{sum(whole.mlp)} MLP units and {least.patches[-1]} of {whole.patches[-1]} patch tokens, the least "
-                f"that is allowed: allow less, or a larger budget",
+                f"{sum(whole.mlp)} MLP units and {patches} of {whole.patches[-1]} patch tokens, the least that is "
+                f"allowed: allow less, or a larger budget",
                 error.fastest_ms,
             ) from error
 

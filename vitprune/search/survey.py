@@ -124,8 +124,9 @@ class Survey:
         return loss
 
     def _able(self, index: int) -> list[int]:
-        """The blocks up to ``index`` that can reduce tokens."""
-        return [i for i in range(index + 1) if self.blocks[i].attn is not None]
+        """The blocks up to ``index`` that can reduce tokens: one for the prefix alone has none left."""
+        most = len(self.blocks) - (0 in self.sizes.patches)
+        return [i for i in range(min(index + 1, most)) if self.blocks[i].attn is not None]
 
     def _reaches(self, index: int, counts: list[int]) -> bool:
         able = self._able(index)

@@ -104,7 +104,7 @@ def _counts(config: VitConfig) -> Counts:
     """What each block has."""
     patches, left = [], config.patches
     for block in config.blocks:
-        left = block.patches or left
+        left = left if block.patches is None else block.patches
         patches.append(left)
     return Counts(tuple(b.heads for b in config.blocks), tuple(b.mlp for b in config.blocks), tuple(patches))
 
@@ -113,17 +113,14 @@ def _wholes(bench: Bench, searched: Mapping[str, Any]) -> list[Whole]:
     """Whole models that were measured while the table was made, and while the search landed."""
     from ..report.facts import Whole
 
-    table, method = LatencyTable.from_dict(searched["table"]), {m.name: m for m in bench.token_methods()}
-    chosen = method.get(searched["method"] or "")
+    table = LatencyTable.from_dict(searched["table"])
+    theirs = next(iter(bench.token_methods()), None)  # the token method of the whole models measured with the table
     found = [
         Whole(row["predicted_ms"], row["measured_ms"], row["low_ms"], row["high_ms"], fitted=False)
         for row in searched["measured"]
     ]
     for counts, measured in bench.json("measure", "wholes.json"):
-        plan = Counts.from_dict(counts)
-        if chosen is None and min(plan.patches) < table.tokens[0]:
-            continue
-        predicted_ms = table.predict_ms(plan, chosen)
+        predicted_ms = table.predict_ms(Counts.from_dict(counts), theirs)
         found.append(Whole(predicted_ms, measured["value_ms"], measured["low_ms"], measured["high_ms"], fitted=True))
     return found
 

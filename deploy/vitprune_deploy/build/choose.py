@@ -16,7 +16,7 @@ from vitprune.errors import BudgetUnreachable
 from ..artifact import canonical_sha256, sha256_file
 from . import runtimes
 from .bench import RANKINGS, Bench, write_json
-from .make import served_sizes
+from .make import served_opset, served_sizes
 
 if TYPE_CHECKING:
     from vitprune.search.correct import Refined
@@ -51,7 +51,8 @@ def sizes(bench: Bench) -> Sizes:
         patches = ladder(config.patches, levels, max(1, config.patches // FEWEST_PATCHES))
     else:
         patches = tuple(sorted({max(1, round(config.patches * share)) for share in (1.0, *levels)}, reverse=True))
-    return Sizes((*heads, *removal), (*units, *removal), patches)
+    prefix_only = [0] if may.last_block == "prefix" and config.reads_prefix_only else []
+    return Sizes((*heads, *removal), (*units, *removal), (*patches, *prefix_only))
 
 
 def _unit_step(units: int, multiple: int) -> int:
@@ -319,7 +320,7 @@ def measure_counts(bench: Bench, plans: list[Counts], method: TokenMethod | None
             folder / f"{name}.onnx",
             **served_sizes(profile, bench.dense.config.image_size),
             precision=profile.runtime.precision,
-            runtime=profile.runtime.name,
+            opset=served_opset(profile, profile.runtime.precision),
         )
     limit = profile.measure.max_seconds
     found = measure_models(
@@ -361,6 +362,7 @@ def _account(contest: Sequence[Contest], best: Contest, landed: Landed) -> dict[
         "reason": landed.reason,
         "budget_ms": landed.budget_ms,
         "dense_ms": landed.dense_ms,
+        "dense_predicted_ms": landed.table.predict_ms(best.problem.dense()),
         "chosen": landed.chosen.to_dict(),
         "measured": [row.to_dict() for row in landed.rows],
         "evaluations": [[one.sum_loss, one.true_loss] for one in tried],

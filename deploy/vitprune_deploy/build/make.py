@@ -44,16 +44,18 @@ def recover_accuracy(bench: Bench, folder: Path) -> None:
 
 
 def slim_model(bench: Bench) -> tuple[Vit, bool]:
-    """The pruned model, not trained yet; and whether anything was pruned at all."""
+    """The pruned model, not trained yet; and whether its answers are other than the dense model's."""
     from vitprune.search.losses import Rankings
     from vitprune.surgery import dense_plan, prune
 
     plan = Plan.from_dict(yaml.safe_load((bench.folders["search"] / "plan.yaml").read_bytes()))
-    if plan.blocks == dense_plan(bench.dense).blocks:
+    whole = dense_plan(bench.dense).blocks
+    if plan.blocks == whole:
         return load_vit(bench.folders["model"], "dense"), False
     rankings = Rankings.load(bench.folders["losses"] / RANKINGS)
     weights = rankings.weights([len(b.heads) for b in plan.blocks], [len(b.mlp) for b in plan.blocks])
-    return prune(bench.dense, plan, weights), True
+    kept_all = all((b.heads, b.mlp) == (w.heads, w.mlp) for b, w in zip(plan.blocks, whole, strict=True))
+    return prune(bench.dense, plan, weights), not kept_all or any(b.patches for b in plan.blocks)
 
 
 def export_settings(bench: Bench) -> dict[str, Any]:
@@ -171,16 +173,14 @@ def build_engines(bench: Bench, folder: Path) -> None:
 
 def _export(bench: Bench, model: Vit, path: Path, precision: str) -> dict[str, Any]:
     from ..export.onnx import export_onnx, metadata_json
-    from ..export.precision import opset_for
 
     profile, config = bench.profile, model.config
-    asked = profile.export.opset
     info = export_onnx(
         model,
         path,
         **served_sizes(profile, config.image_size),
         precision=precision,
-        opset=opset_for(precision, profile.runtime.name) if asked == "auto" else asked,
+        opset=served_opset(profile, precision),
         metadata=metadata_json(
             base_model=profile.model.name,
             preprocess=bench.preprocess.to_dict(),
@@ -192,6 +192,14 @@ def _export(bench: Bench, model: Vit, path: Path, precision: str) -> dict[str, A
         names=("images", "logits" if config.classes else "features"),
     )
     return asdict(info)
+
+
+def served_opset(profile: Profile, precision: str) -> int:
+    """The opset of what is shipped in ``precision``."""
+    from ..export.precision import opset_for
+
+    asked = profile.export.opset
+    return opset_for(precision, profile.runtime.name) if asked == "auto" else asked
 
 
 def served_sizes(profile: Profile, image_size: tuple[int, int]) -> dict[str, Any]:

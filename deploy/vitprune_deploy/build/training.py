@@ -39,7 +39,7 @@ def train(bench: Bench, slim: Vit, folder: Path) -> None:
         slim,
         bench.dense,
         lambda epoch: batches(bench, epoch),
-        bench.holdout_images,
+        bench.calibration,  # all of them: the more, the better they choose among the checks
         RecoverSettings(wanted.max_steps, wanted.max_seconds, wanted.lr, seed=bench.profile.seed),
         progress=bench.shows.progress,
         checkpoint=bench.work / "recovery.pt",

@@ -48,19 +48,23 @@ class PieceFiles:
         self._dtype = torch.float16 if precision == "fp16" else torch.float32
         self._opset = opset_for(precision, runtime)
 
-    def attention(self, heads: int, *, sized: bool = False, method: str | None = None) -> Path:
+    def attention(
+        self, heads: int, *, sized: bool = False, method: str | None = None, prefix_only: bool = False
+    ) -> Path:
         """The attention half with norm and residual: ``x`` [batch, tokens, C] to the tokens that are left.
 
         Args:
             heads: how many it has.
             sized: a further input ``size`` [batch, tokens, 1] adds its logarithm to the attention.
             method: token method behind it, which leaves as many patches as the further input ``keep`` [keep] is long.
+            prefix_only: the prefix tokens alone ask and are left, as in a last block.
         """
-        config = replace(self.block, heads=heads, mlp=0)
+        config = replace(self.block, heads=heads, mlp=0, patches=0 if prefix_only else None)
         reducer = parts.load("vitprune.tokens", method, Reducer)() if method else None  # type: ignore[type-abstract]
         half = _AttentionHalf(self._kind(self._model.config, config, reducer), self._model.config.prefix, sized)
         axes = {"x": TOKENS} | ({"size": TOKENS} if sized else {}) | ({"keep": KEEP} if method else {})
-        return self._write(f"attn{heads}{'_sized' * sized}{'_' + method if method else ''}", half, axes)
+        name = f"attn{heads}{'_sized' * sized}{'_' + method if method else ''}{'_prefix' * prefix_only}"
+        return self._write(name, half, axes)
 
     def mlp(self, units: int) -> Path:
         """The MLP half with norm and residual: ``x`` [batch, tokens, C] to as many tokens."""
@@ -170,7 +174,8 @@ class _AttentionHalf(nn.Module):
         size = more[0] if self.sized else None  # then, if the block reduces tokens, the one that is as long as to keep
         state = TokenState(x, self.prefix, x.shape[1] - self.prefix, size)
         out, attention = self.block.attend(state)
-        state = state._replace(x=x + out)
+        left = self.block.treated(state)
+        state = left._replace(x=left.x + out)
         if self.block.reducer is None:
             return state.x
         keep = more[-1].shape[0]  # a size, not a value: the graph is static once sizes are fixed

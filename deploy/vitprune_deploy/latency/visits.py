@@ -44,6 +44,7 @@ class Track:
         sessions: the subject, once for each time that it was loaded; visits take turns.
         runs_ms: accepted samples as the clock gave them.
         visits: for each visit that counted, its accepted samples over the reference runs around it.
+        scales_ms: for each of them, the mean of these reference runs.
         accepted, rejected: samples that the gate let pass, and that it did not.
         visit_s: seconds that the last visit took, with the reference.
     """
@@ -51,6 +52,7 @@ class Track:
     sessions: Sequence[Subject]
     runs_ms: list[float] = field(default_factory=list)
     visits: list[list[float]] = field(default_factory=list)
+    scales_ms: list[float] = field(default_factory=list)
     accepted: int = 0
     rejected: int = 0
     visit_s: float = 0.0
@@ -94,6 +96,7 @@ class Session:
             scale = float(np.mean(around))
             track.runs_ms.extend(taken)
             track.visits.append([sample / scale for sample in taken])
+            track.scales_ms.append(scale)
 
     def judge_gate(self, patience_s: float) -> None:
         """After a round: where most samples were rejected, wait for quiet once, and then go on without the gate."""

@@ -20,7 +20,6 @@ from vitprune.surgery import prune
 
 from ..backends.base import Backend
 from ..export.onnx import export_onnx
-from ..export.precision import opset_for
 from .pieces import KEEP, TOKENS
 from .protocol import ANCHOR_HALF_WIDTH, Measurement, Progress, measure
 from .visits import Subject
@@ -72,11 +71,10 @@ def export_whole(
     batch: int | tuple[int, int],
     image_size: Any = None,
     precision: str = "fp32",
-    runtime: str = "onnxruntime",
+    opset: int | None = None,
 ) -> Path:
-    """The model as ``path``, for sizes as ``export_onnx`` takes them; a file that is there already is taken for it."""
+    """The model as ``path``, as ``export_onnx`` takes all this; a file that is there already is taken for it."""
     if not path.is_file():
-        opset = opset_for(precision, runtime)
         export_onnx(model, path, batch=batch, image_size=image_size, precision=precision, opset=opset)
     return path
 

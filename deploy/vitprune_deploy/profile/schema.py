@@ -276,6 +276,11 @@ class Prune(Section):
     heads: Heads = Field(default=Heads(), description="attention heads")
     mlp: Mlp = Field(default=Mlp(), description="MLP hidden units")
     depth: Depth = Field(default=Depth(), description="whole halves and blocks")
+    last_block: Literal["prefix", "full"] = Field(
+        default="prefix",
+        description="prefix: where the head reads class or distillation tokens alone, the last block is computed for "
+        "these only, which changes no answer",
+    )
     criterion: Criterion = Field(default="obs", description="how heads and hidden units are ranked")
 
 

@@ -128,6 +128,8 @@ def blocks(facts: Facts) -> Chart | None:
         for block in range(len(dense.heads))
     )
     note = f"Tokens are reduced by {facts.token_method}." if facts.token_method else "No token method reduces tokens."
+    if pruned.patches[-1] == 0:
+        note += " The last block is computed for the class token alone, from all patches that enter it."
     gone = [f"{sum(not n for n in kept)} {what}" for what, kept in (("attention", pruned.heads), ("MLP", pruned.mlp))
             if not all(kept)]  # fmt: skip
     if gone:

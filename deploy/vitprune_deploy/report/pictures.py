@@ -44,7 +44,7 @@ def pictures(
 
     maps, entering = [], model.config.patches
     for found in survivors(model, images):
-        if found.tokens != entering:
+        if found.tokens not in (entering, 0):  # 0: nothing reads the patches behind a last block
             maps.append(found)
         entering = found.tokens
     if not maps:

@@ -77,7 +77,7 @@ def search(
     profile, out = open_profile(name, overrides, out)
     bench = pipeline.run(profile, out, console, until="search", fresh=fresh)
     points, found = from_rows(bench.json("search", "frontier.json")), bench.json("search", "search.json")
-    dense_ms = max(point.predicted_ms for point in points)
+    dense_ms = found["dense_predicted_ms"]
     wanted = [(text, value if kind == "latency_ms" else dense_ms / value) for text, kind, value in asked]
     rows = _picked(points, wanted) if wanted else [_row(None, point) for point in points]
     data = {"dense_ms": dense_ms, "points": rows, "status": found["status"], "reason": found["reason"]}
@@ -163,7 +163,8 @@ def _cells(row: Mapping[str, Any], dense_ms: float) -> list[str]:
     if counts is None:
         return [asked, budget, "none", "", "", f"the fastest plan takes {milliseconds(row['fastest_ms'])} ms"]
     speed, loss = f"{dense_ms / row['predicted_ms']:.2f}x", f"{row['loss']:.4f}"
-    kept = f"{sum(counts['heads'])} heads, {sum(counts['mlp'])} units, {counts['patches'][-1]} patches at the end"
+    left = min(n for n in counts["patches"] if n)
+    kept = f"{sum(counts['heads'])} heads, {sum(counts['mlp'])} units, {left} patches at the end"
     return [asked, budget, milliseconds(row["predicted_ms"]), speed, loss, kept]
 
 
