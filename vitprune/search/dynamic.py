@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,7 +149,8 @@ def _relax(sources: list[_Source], most: float) -> tuple[Band | None, Marks | No
                 here = cells[low - first : high - first]
                 np.minimum(here, moved, out=here)
     low_bits = (1 << ARC_BITS) - 1
-    arcs = (cells & low_bits).astype(np.uint8 if len(sources) <= 256 and _small(sources) else np.uint16)
+    narrow: type[np.unsignedinteger[Any]] = np.uint8 if len(sources) <= 256 and _small(sources) else np.uint16
+    arcs = (cells & low_bits).astype(narrow)
     cells &= ~np.int64(low_bits)
     return Band(first, cells), Marks(first, arcs)
 
