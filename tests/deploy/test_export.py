@@ -97,6 +97,20 @@ def test_token_methods_export_without_a_node_that_tensorrt_refuses(method, tmp_p
     torch.testing.assert_close(run(tmp_path / "m.onnx", x), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("reducer", [None, "tome"])
+def test_a_last_block_for_the_class_token_has_its_weights_apart_in_the_file(reducer, tmp_path):
+    model = build(tiny_config(depth=2, keep={0: 30, 1: 0} if reducer else {1: 0}, reducer=reducer))
+    randomise(model)
+    export_onnx(model, tmp_path / "m.onnx")
+    x = images(3)
+    torch.testing.assert_close(run(tmp_path / "m.onnx", x), model(x).detach(), rtol=1e-4, atol=1e-5)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    weights = {tuple(weight.dims) for weight in graph.initializer}
+    assert {(32, 32), (32, 64)} <= weights  # queries, and keys with values
+    stored = {weight.name for weight in graph.initializer}
+    assert not [node for node in graph.node if node.op_type in ("Split", "Slice") and node.input[0] in stored]
+
+
 def test_fp16_is_in_the_graph_and_two_casts_are_at_its_ends(tmp_path):
     model = tiny_vit(depth=1)
     info = export_onnx(model, tmp_path / "m.onnx", precision="fp16")

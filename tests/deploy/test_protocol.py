@@ -64,6 +64,17 @@ def test_visits_while_the_machine_was_slow_do_not_count_once_it_is_itself_again(
     assert found.reference_drift > 0.9
 
 
+@pytest.mark.parametrize(("slow_s", "p50_ms", "reference_ms"), [(3.0, 10.0, 5.0), (9.5, 14.0, 10.0)])
+def test_percentiles_come_of_the_pace_that_the_machine_has_for_a_quarter_of_the_time(slow_s, p50_ms, reference_ms):
+    bench = Bench(speed=lambda s: 2.0 if s < slow_s else 1.0)
+    spared = bench.subject("spared", 10.0, stall=lambda: (-6.0 if bench.now_s < slow_s else 0.0, 0.0))
+    (found,) = percentiles([[spared]], bench.subject("ref", 5.0), max_seconds=10.0, machine=bench.machine)
+    assert found.percentiles[50].value_ms == pytest.approx(p50_ms, rel=0.01)
+    assert found.raw_ms[50] == pytest.approx(p50_ms, rel=0.01)
+    assert found.reference_ms == pytest.approx(reference_ms, rel=0.01)
+    assert found.samples == len(found.runs_ms) < 1000
+
+
 def test_a_machine_that_stays_slow_is_measured_as_it_is():
     bench = Bench(speed=lambda s: 2.0)
     (found,) = measure([bench.subject("a", 10.0)], bench.subject("ref", 5.0), machine=bench.machine)

@@ -54,11 +54,10 @@ class Attention(nn.Module):
         """Queries, keys and values of all heads."""
         if queries is None:
             return self.qkv(x).split(self.sizes, dim=-1)
-        (q_weight, kv_weight), (q_bias, kv_bias) = (
-            (None, None) if part is None else part.split([self.sizes[0], self.sizes[1] + self.sizes[2]])
-            for part in (self.qkv.weight, self.qkv.bias)
-        )
-        return F.linear(x[:, :queries], q_weight, q_bias), *F.linear(x, kv_weight, kv_bias).split(self.sizes[1:], -1)
+        # slices of the weights, not a split: the exporter turns these into weights of their own
+        weight, bias, rows = self.qkv.weight, self.qkv.bias, self.sizes[0]
+        q = F.linear(x[:, :queries], weight[:rows], None if bias is None else bias[:rows])
+        return q, *F.linear(x, weight[rows:], None if bias is None else bias[rows:]).split(self.sizes[1:], dim=-1)
 
 
 class Mlp(nn.Module):

@@ -197,7 +197,7 @@ def percentiles(
     tracks = [Track(sessions) for sessions in subjects]
     end = session.machine.clock() + max_seconds
     done = 0
-    while due := [track for track in tracks if len(track.runs_ms) < runs]:
+    while due := [track for track in tracks if _runs(track, session) < runs]:
         late = session.machine.clock() > end
         if late and all(track.visits for track in tracks):
             break
@@ -206,7 +206,7 @@ def percentiles(
             session.visit(due[place], RUNS_PER_VISIT)
             done += 1
             if progress:
-                left = sum(runs - len(track.runs_ms) for track in due)
+                left = sum(runs - _runs(track, session) for track in due)
                 progress(done, done + max(0, math.ceil(left / RUNS_PER_VISIT)), due[place].subject.name)
         session.judge_gate(min(PATIENCE_S, 0.1 * max_seconds))
     return [_distribution(track, session, which, seed) for track in tracks]
@@ -221,23 +221,44 @@ def _narrow(track: Track, session: Session, relative_half_width: float, seed: in
     return high - low <= 2 * relative_half_width * value
 
 
-def _at_pace(track: Track, session: Session) -> list[list[float]]:
+Visits = list[tuple[list[float], float]]  # ratios to the reference, and the reference around them in milliseconds
+
+
+def _at_pace(track: Track, session: Session) -> Visits:
     """The visits at the pace that the machine has when it is itself.
 
     A neighbour on the same silicon slows some kernels more than others, which ratios do not take out (seen: a block of
     a ViT takes 1.8 times as long, the whole ViT 1.2 times). A quarter of the reference's runs must have been faster.
     """
-    return [v for v, scale_ms in zip(track.visits, track.scales_ms, strict=True) if scale_ms <= _slow_ms(session)]
+    slow_ms = _slow_ms(session)
+    return [(visit, ms) for visit, ms in zip(track.visits, track.scales_ms, strict=True) if ms <= slow_ms]
+
+
+def _any_pace(track: Track) -> Visits:
+    """All visits."""
+    return list(zip(track.visits, track.scales_ms, strict=True))
+
+
+def _runs(track: Track, session: Session) -> int:
+    """Single runs at the machine's pace."""
+    return sum(len(visit) for visit, _ in _at_pace(track, session))
+
+
+def _raw_ms(visits: Visits) -> np.ndarray:
+    """Every sample as the clock gave it."""
+    return np.concatenate([ms * np.array(visit) for visit, ms in visits])
 
 
 def _slow_ms(session: Session) -> float:
     """A reference that takes longer says that the machine is slow for a while."""
+    if not session.references_ms:  # the gate let none pass yet
+        return math.inf
     return SLOW_VISIT * float(np.percentile(session.references_ms, 25))
 
 
-def _ratios(visits: Sequence[Sequence[float]]) -> np.ndarray:
+def _ratios(visits: Visits) -> np.ndarray:
     """One ratio to the reference for each visit."""
-    return np.array([np.median(visit) for visit in visits])
+    return np.array([np.median(visit) for visit, _ in visits])
 
 
 def _interval(ratios: np.ndarray, gated: bool, seed: int) -> tuple[float, float, float]:
@@ -263,8 +284,9 @@ def _reference(session: Session) -> tuple[float, float]:
 
 def _measurement(track: Track, session: Session, relative_half_width: float, seed: int) -> Measurement:
     """What was found of one subject, in milliseconds of the session's median reference."""
-    visits = _at_pace(track, session)
-    ratios = _ratios(visits or track.visits)
+    at_pace = _at_pace(track, session)
+    visits = at_pace or _any_pace(track)
+    ratios = _ratios(visits)
     low, value, high = _interval(ratios, session.gated, seed)
     reference_ms, drift = _reference(session)
     return Measurement(
@@ -272,35 +294,36 @@ def _measurement(track: Track, session: Session, relative_half_width: float, see
         value_ms=value * reference_ms,
         low_ms=low * reference_ms,
         high_ms=high * reference_ms,
-        raw_ms=float(np.median(track.runs_ms)),
+        raw_ms=float(np.median(_raw_ms(visits))),
         rounds=len(ratios),
         accepted=track.accepted,
         rejected=track.rejected,
         gated=session.gated,
         reference_ms=reference_ms,
         reference_drift=drift,
-        unstable=len(visits) < MIN_ROUNDS or high - low > 2 * TOO_WIDE * relative_half_width * value,
+        unstable=len(at_pace) < MIN_ROUNDS or high - low > 2 * TOO_WIDE * relative_half_width * value,
         samples_ms=tuple(float(ratio) * reference_ms for ratio in ratios),
     )
 
 
 def _distribution(track: Track, session: Session, which: Sequence[int], seed: int) -> Distribution:
     """The percentiles of one subject's runs that enough of them lie beyond."""
-    samples = len(track.runs_ms)
+    visits = _at_pace(track, session) or _any_pace(track)
+    ratios, raw_ms = np.concatenate([visit for visit, _ in visits]), _raw_ms(visits)
+    samples = len(ratios)
     backed = [number for number in which if samples * (100 - number) >= 100 * TAIL]
     reference_ms, drift = _reference(session)
-    ratios = np.concatenate(track.visits)
     values = np.percentile(ratios, backed)
     # whole visits are drawn, since the runs of one visit share what the machine did then
     rng = np.random.default_rng([seed, samples])
-    draws = rng.integers(0, len(track.visits), (RESAMPLES, len(track.visits)))
-    spread = np.array([np.percentile(np.concatenate([track.visits[i] for i in draw]), backed) for draw in draws])
+    draws = rng.integers(0, len(visits), (RESAMPLES, len(visits)))
+    spread = np.array([np.percentile(np.concatenate([visits[i][0] for i in draw]), backed) for draw in draws])
     lows, highs = np.percentile(spread, [2.5, 97.5], axis=0)
     found = {}
     for number, ends in zip(backed, zip(lows, values, highs, strict=True), strict=True):
         low, value, high = _widened(float(ends[0]), float(ends[1]), float(ends[2]), session.gated)
         found[number] = Percentile(value * reference_ms, low * reference_ms, high * reference_ms)
-    raw = {number: float(np.percentile(track.runs_ms, number)) for number in backed}
+    raw = {number: float(np.percentile(raw_ms, number)) for number in backed}
     return Distribution(
         name=track.subject.name,
         percentiles=found,

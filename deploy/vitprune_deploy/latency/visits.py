@@ -42,7 +42,6 @@ class Track:
 
     Attributes:
         sessions: the subject, once for each time that it was loaded; visits take turns.
-        runs_ms: accepted samples as the clock gave them.
         visits: for each visit that counted, its accepted samples over the reference runs around it.
         scales_ms: for each of them, the mean of these reference runs.
         accepted, rejected: samples that the gate let pass, and that it did not.
@@ -50,7 +49,6 @@ class Track:
     """
 
     sessions: Sequence[Subject]
-    runs_ms: list[float] = field(default_factory=list)
     visits: list[list[float]] = field(default_factory=list)
     scales_ms: list[float] = field(default_factory=list)
     accepted: int = 0
@@ -94,7 +92,6 @@ class Session:
         track.visit_s = self.machine.clock() - start
         if taken and around:  # otherwise the gate let nothing pass, and a later round brings another visit
             scale = float(np.mean(around))
-            track.runs_ms.extend(taken)
             track.visits.append([sample / scale for sample in taken])
             track.scales_ms.append(scale)
 
