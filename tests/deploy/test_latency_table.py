@@ -55,6 +55,14 @@ def test_a_table_is_measured_filled_and_corrected(measured):
     assert told[-1][0] <= told[-1][1] == 1000
 
 
+def test_without_a_token_method_the_last_block_may_still_be_for_the_prefix_alone(model, tmp_path):
+    request = replace(REQUEST, tokens=(0,), heads=(4, 2), methods=())
+    table = measure_table(model, request, onnxruntime_loader(1), tmp_path).table
+    assert table.levels.tokens == (49,)
+    assert set(table.attn_prefix) == {(49, 4), (49, 2)}
+    assert set(table.head) == {49, 0}
+
+
 def test_a_last_block_for_the_prefix_alone_is_measured_where_it_is_asked_for(measured, model, tmp_path):
     request = replace(REQUEST, tokens=(25, 12, 0))
     result = measure_table(model, request, onnxruntime_loader(1), tmp_path)

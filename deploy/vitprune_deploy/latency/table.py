@@ -264,7 +264,8 @@ def _parts(levels: Levels, request: Request) -> list[_Part]:
     found += [_Part("attention", n, h) for n in tokens for h in heads]
     found += [_Part("mlp", n, m) for n in tokens for m in units]
     if request.prefix_only:
-        found += [_Part("last", n, h) for n in tokens for h in heads] + [_Part("mlp", 0, m) for m in units]
+        found += [_Part("last", n, h) for n in tokens for h in heads]
+        found += [_Part("head", 0), *(_Part("mlp", 0, m) for m in units)]
     if any(method.proportional for method in request.methods):
         found += [_Part("attention", n, heads[0], sized=True) for n in tokens]  # what sizes add grows as n^2 h
     for method in request.methods:
