@@ -114,7 +114,7 @@ class Problem:
         """
         found, n = {}, self.levels[0]
         for block, (h, m, left) in enumerate(zip(counts.heads, counts.mlp, counts.patches, strict=True)):
-            curve = {self.levels[0]: 0.0, 0: 0.0} | dict(self.losses.tokens[block] if self.method else {})
+            curve = {self.levels[0]: 0.0} | dict(self.losses.tokens[block] if self.method else {})
             try:
                 found[block, "heads"] = self.losses.heads[block][h]
                 found[block, "mlp"] = self.losses.mlp[block][m]
@@ -134,7 +134,7 @@ class Problem:
     def constant_ms(self) -> list[float]:
         """By token level, the time of what is no choice: overhead, stem and head."""
         a, b, _ = self.table.correction
-        return [a + b * (self.table.stem_ms + self.table.head_ms(n)) for n in self.levels]  # of each last level
+        return [a + b * (self.table.stem_ms + self.table.head_ms(n)) for n in self.levels]
 
     def blocks(self) -> list[Block]:
         """The choices of each block, losses weighted and times corrected, cold weights included."""

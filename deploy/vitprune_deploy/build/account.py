@@ -13,6 +13,7 @@ from vitprune.search.latency import LatencyTable
 from ..artifact import Manifest
 from ..validate import Limits, Verdict
 from .bench import Bench
+from .choose import table_request
 
 if TYPE_CHECKING:
     from vitprune.model.config import VitConfig
@@ -113,8 +114,7 @@ def _wholes(bench: Bench, searched: Mapping[str, Any]) -> list[Whole]:
     """Whole models that were measured while the table was made, and while the search landed."""
     from ..report.facts import Whole
 
-    table = LatencyTable.from_dict(searched["table"])
-    theirs = next(iter(bench.token_methods()), None)  # the token method of the whole models measured with the table
+    table, theirs = LatencyTable.from_dict(searched["table"]), table_request(bench).method
     found = [
         Whole(row["predicted_ms"], row["measured_ms"], row["low_ms"], row["high_ms"], fitted=False)
         for row in searched["measured"]

@@ -286,8 +286,7 @@ def _land(bench: Bench, best: Contest, folder: Path) -> Landed:
     finalists = [one.point for one in best.refined.finalists] if best.refined else []
     if bench.profile.search.landings == 0:
         return _trusted(bench, best)
-    theirs = next(iter(bench.token_methods()), None)  # the token method of the whole models that were measured
-    wholes = bench.json("measure", "wholes.json")
+    theirs, wholes = table_request(bench).method, bench.json("measure", "wholes.json")
     anchors = [Timed(Counts.from_dict(row), found["value_ms"], theirs) for row, found in wholes]
     candidates = folder / "candidates"
     landed = land(

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .gate import Machine
-from .visits import Session, Subject, Track
+from .visits import Session, Subject, Track, Visit
 
 ANCHOR_HALF_WIDTH = 0.01  # whole models: anchors and candidates
 TABLE_HALF_WIDTH = 0.02  # pieces of a table
@@ -221,32 +221,24 @@ def _narrow(track: Track, session: Session, relative_half_width: float, seed: in
     return high - low <= 2 * relative_half_width * value
 
 
-Visits = list[tuple[list[float], float]]  # ratios to the reference, and the reference around them in milliseconds
-
-
-def _at_pace(track: Track, session: Session) -> Visits:
+def _at_pace(track: Track, session: Session) -> list[Visit]:
     """The visits at the pace that the machine has when it is itself.
 
     A neighbour on the same silicon slows some kernels more than others, which ratios do not take out (seen: a block of
     a ViT takes 1.8 times as long, the whole ViT 1.2 times). A quarter of the reference's runs must have been faster.
     """
     slow_ms = _slow_ms(session)
-    return [(visit, ms) for visit, ms in zip(track.visits, track.scales_ms, strict=True) if ms <= slow_ms]
-
-
-def _any_pace(track: Track) -> Visits:
-    """All visits."""
-    return list(zip(track.visits, track.scales_ms, strict=True))
+    return [visit for visit in track.visits if visit.reference_ms <= slow_ms]
 
 
 def _runs(track: Track, session: Session) -> int:
     """Single runs at the machine's pace."""
-    return sum(len(visit) for visit, _ in _at_pace(track, session))
+    return sum(len(visit.ratios) for visit in _at_pace(track, session))
 
 
-def _raw_ms(visits: Visits) -> np.ndarray:
+def _raw_ms(visits: Sequence[Visit]) -> np.ndarray:
     """Every sample as the clock gave it."""
-    return np.concatenate([ms * np.array(visit) for visit, ms in visits])
+    return np.concatenate([visit.reference_ms * np.array(visit.ratios) for visit in visits])
 
 
 def _slow_ms(session: Session) -> float:
@@ -256,9 +248,9 @@ def _slow_ms(session: Session) -> float:
     return SLOW_VISIT * float(np.percentile(session.references_ms, 25))
 
 
-def _ratios(visits: Visits) -> np.ndarray:
+def _ratios(visits: Sequence[Visit]) -> np.ndarray:
     """One ratio to the reference for each visit."""
-    return np.array([np.median(visit) for visit, _ in visits])
+    return np.array([np.median(visit.ratios) for visit in visits])
 
 
 def _interval(ratios: np.ndarray, gated: bool, seed: int) -> tuple[float, float, float]:
@@ -277,15 +269,16 @@ def _widened(low: float, value: float, high: float, gated: bool) -> tuple[float,
 
 def _reference(session: Session) -> tuple[float, float]:
     """Median of the reference in milliseconds, at the machine's pace, and the spread of all its runs as a share."""
-    low, high = np.percentile(session.references_ms, [10, 90])
-    middle = np.median([ms for ms in session.references_ms if ms <= _slow_ms(session)])
+    references_ms = np.array(session.references_ms)
+    low, high = np.percentile(references_ms, [10, 90])
+    middle = np.median(references_ms[references_ms <= _slow_ms(session)])
     return float(middle), float((high - low) / middle)
 
 
 def _measurement(track: Track, session: Session, relative_half_width: float, seed: int) -> Measurement:
     """What was found of one subject, in milliseconds of the session's median reference."""
     at_pace = _at_pace(track, session)
-    visits = at_pace or _any_pace(track)
+    visits = at_pace or track.visits
     ratios = _ratios(visits)
     low, value, high = _interval(ratios, session.gated, seed)
     reference_ms, drift = _reference(session)
@@ -308,8 +301,8 @@ def _measurement(track: Track, session: Session, relative_half_width: float, see
 
 def _distribution(track: Track, session: Session, which: Sequence[int], seed: int) -> Distribution:
     """The percentiles of one subject's runs that enough of them lie beyond."""
-    visits = _at_pace(track, session) or _any_pace(track)
-    ratios, raw_ms = np.concatenate([visit for visit, _ in visits]), _raw_ms(visits)
+    visits = _at_pace(track, session) or track.visits
+    ratios, raw_ms = np.concatenate([visit.ratios for visit in visits]), _raw_ms(visits)
     samples = len(ratios)
     backed = [number for number in which if samples * (100 - number) >= 100 * TAIL]
     reference_ms, drift = _reference(session)
@@ -317,7 +310,7 @@ def _distribution(track: Track, session: Session, which: Sequence[int], seed: in
     # whole visits are drawn, since the runs of one visit share what the machine did then
     rng = np.random.default_rng([seed, samples])
     draws = rng.integers(0, len(visits), (RESAMPLES, len(visits)))
-    spread = np.array([np.percentile(np.concatenate([visits[i][0] for i in draw]), backed) for draw in draws])
+    spread = np.array([np.percentile(np.concatenate([visits[i].ratios for i in draw]), backed) for draw in draws])
     lows, highs = np.percentile(spread, [2.5, 97.5], axis=0)
     found = {}
     for number, ends in zip(backed, zip(lows, values, highs, strict=True), strict=True):

@@ -336,13 +336,9 @@ def _anchors(levels: Levels, depth: int, request: Request) -> dict[str, Counts]:
         )
     anchors["random"] = random_counts(levels, depth, request.method, rng)
     if request.prefix_only:
-        anchors = {name: counts if name == "dense" else _ending_early(counts) for name, counts in anchors.items()}
+        anchors |= {name: replace(c, patches=(*c.patches[:-1], 0)) for name, c in anchors.items() if name != "dense"}
     different = {counts: name for name, counts in reversed(anchors.items())}
     return {name: counts for counts, name in reversed(different.items())}
-
-
-def _ending_early(counts: Counts) -> Counts:
-    return replace(counts, patches=(*counts.patches[:-1], 0))
 
 
 def _export_wholes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,21 +37,26 @@ class Subject:
         return cls(name, model.bind(feed), tuple(model.thread_ids()))
 
 
+class Visit(NamedTuple):
+    """Accepted samples over the mean of the reference runs around them, and this mean in milliseconds."""
+
+    ratios: list[float]
+    reference_ms: float
+
+
 @dataclass
 class Track:
     """What is known of one subject so far.
 
     Attributes:
         sessions: the subject, once for each time that it was loaded; visits take turns.
-        visits: for each visit that counted, its accepted samples over the reference runs around it.
-        scales_ms: for each of them, the mean of these reference runs.
+        visits: those of which the gate let samples pass.
         accepted, rejected: samples that the gate let pass, and that it did not.
         visit_s: seconds that the last visit took, with the reference.
     """
 
     sessions: Sequence[Subject]
-    visits: list[list[float]] = field(default_factory=list)
-    scales_ms: list[float] = field(default_factory=list)
+    visits: list[Visit] = field(default_factory=list)
     accepted: int = 0
     rejected: int = 0
     visit_s: float = 0.0
@@ -92,8 +98,7 @@ class Session:
         track.visit_s = self.machine.clock() - start
         if taken and around:  # otherwise the gate let nothing pass, and a later round brings another visit
             scale = float(np.mean(around))
-            track.visits.append([sample / scale for sample in taken])
-            track.scales_ms.append(scale)
+            track.visits.append(Visit([sample / scale for sample in taken], scale))
 
     def judge_gate(self, patience_s: float) -> None:
         """After a round: where most samples were rejected, wait for quiet once, and then go on without the gate."""
