@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--model-args", type=json.loads, default={}, help="further timm arguments, as JSON")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--provider", default="cpu", help="onnxruntime's execution provider")
     parser.add_argument("--method", default="evit", help="token method of the random plans")
     parser.add_argument("--plans", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=240.0, help="for the table, and again for the plans")
@@ -61,7 +62,7 @@ def request_for(model: Any, batch: int, threads: int, method: str, seconds: floa
 def run(model: Any, batch: int, options: argparse.Namespace, work: Path) -> None:
     """One batch size: the table, the plans, and how they compare."""
     request = request_for(model, batch, options.threads, options.method, options.seconds)
-    load, begun = onnxruntime_loader(options.threads), time.monotonic()
+    load, begun = onnxruntime_loader(options.threads, {"provider": options.provider}), time.monotonic()
     result = measure_table(model, request, load, work)
     seconds = time.monotonic() - begun
     levels, rng = make_levels(model.config, request), np.random.default_rng(options.seed)

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--model-args", type=json.loads, default={}, help="further timm arguments, as JSON")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--provider", default="cpu", help="onnxruntime's execution provider")
     parser.add_argument("--method", default="evit")
     parser.add_argument("--seconds", type=float, default=240.0)
     options = parser.parse_args()
@@ -39,7 +40,13 @@ def main() -> None:
         phases["exporting" if done <= 600 else "parts" if done <= 800 else "whole models"] = time.monotonic() - begun
 
     with tempfile.TemporaryDirectory() as work:
-        result = measure_table(model, request, onnxruntime_loader(options.threads), Path(work), progress=note)
+        result = measure_table(
+            model,
+            request,
+            onnxruntime_loader(options.threads, {"provider": options.provider}),
+            Path(work),
+            progress=note,
+        )
     seconds = time.monotonic() - begun
     widths = [100 * piece.half_width for piece in result.pieces]
     wholes = [whole.measurement for whole in result.wholes]

@@ -5,12 +5,15 @@ Options of ``load``:
     provider_options: what the provider takes, passed on as it is.
     cpu_nodes: let nodes that a GPU provider does not take run on the CPU; False, since that hides a slow graph.
     sizes: sizes of free dimensions by name, besides ``batch``; a graph with all of them fixed is specialised.
+    copies: whether a timed run on a GPU includes copying from and to the host, as a service's does; True.
 """
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,7 +41,12 @@ PACKAGES = {
     "DmlExecutionProvider": "onnxruntime-directml",
 }
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn")
-OPTIONS = ("provider", "provider_options", "cpu_nodes", "sizes")
+OPTIONS = ("provider", "provider_options", "cpu_nodes", "sizes", "copies")
+CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+# Arithmetic on sizes, such as that of a free batch, is left to the CPU on purpose: its results are needed there. For
+# numbers of a model the GPU providers have these operators, so what the CPU has of them is such arithmetic.
+ON_SIZES = frozenset(("Shape", "Size", "Concat", "Gather", "Squeeze", "Unsqueeze", "Slice", "Cast", "Range", "Add",
+                      "Sub", "Mul", "Div", "Reshape", "Expand", "ConstantOfShape", "Identity"))  # fmt: skip
 TYPES = {"float": "float32", "double": "float64"}  # ONNX Runtime's names where they are not numpy's
 # It splits a bias from the GELU behind it, and only where all shapes are fixed: such a graph took 4 to 10% longer than
 # the same one with a symbolic batch (DeiT-S and the quickstart model, two x86 cores)
@@ -48,8 +56,8 @@ SLOWING = "MatMulAddFusion"
 class OnnxRuntime(Backend):
     """A session of ONNX Runtime, and the threads that it started."""
 
-    def __init__(self, session: Any, provider: str, threads: list[int]) -> None:
-        self._session, self._threads = session, threads
+    def __init__(self, session: Any, provider: str, threads: list[int], buffers: str = "cpu") -> None:
+        self._session, self._threads, self._buffers = session, threads, buffers
         self.provider = provider
         self.runtime = f"onnxruntime {_import().__version__}"
         self.inputs = tuple(_spec(node) for node in session.get_inputs())
@@ -78,7 +86,10 @@ class OnnxRuntime(Backend):
         session_options = _session_options(threads, sizes, provider, strict=strict)
         before = _task_ids()
         session = _open(path, session_options, provider, dict(options.get("provider_options", {})))
-        return cls(session, _short(provider), sorted(_task_ids() - before))
+        if strict:
+            _refuse_cpu_nodes(path, session, provider)
+        buffers = "cuda" if provider in CUDA and not options.get("copies", True) else "cpu"
+        return cls(session, _short(provider), sorted(_task_ids() - before), buffers)
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """The first output, without I/O binding: its shape may differ from call to call."""
@@ -89,12 +100,15 @@ class OnnxRuntime(Backend):
         return np.asarray(self._session.run([self.outputs[0].name], feed)[0])
 
     def bind(self, feed: Mapping[str, np.ndarray]) -> Callable[[], float]:
-        """One run with I/O binding; on a GPU provider, copying to and from the host is part of it."""
+        """One run with I/O binding."""
         ort = _import()
         self._check(feed)
         results = self._session.run(None, dict(feed))  # the shapes of the outputs are known only after a run
-        as_value = ort.OrtValue.ortvalue_from_numpy
-        ins = {name: as_value(np.ascontiguousarray(array)) for name, array in feed.items()}
+
+        def as_value(array: np.ndarray) -> Any:
+            return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._buffers)
+
+        ins = {name: as_value(array) for name, array in feed.items()}
         outs = {spec.name: as_value(np.empty_like(out)) for spec, out in zip(self.outputs, results, strict=True)}
         binding = self._session.io_binding()
         for name, value in ins.items():
@@ -203,7 +217,9 @@ def _session_options(threads: int | None, sizes: Mapping[str, int], provider: st
     if provider == PROVIDERS["cpu"]:  # what it does on others has not been measured
         options.add_session_config_entry("optimization.disable_specified_optimizers", SLOWING)
     if strict:
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        tells = hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")  # else refuse sizes on the CPU too
+        key = "session.record_ep_graph_assignment_info" if tells else "session.disable_cpu_ep_fallback"
+        options.add_session_config_entry(key, "1")
     for name, size in sizes.items():
         options.add_free_dimension_override_by_name(name, size)
     return options
@@ -213,6 +229,7 @@ def _open(path: Path, options: Any, provider: str, provider_options: dict[str, A
     """A session of the model in ``path``, on ``provider`` and nothing else."""
     ort = _import()
     providers = [(provider, provider_options), *BEHIND.get(provider, [])]
+    missing = _load_cuda() if provider in CUDA else ""
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # its exceptions share no base but Exception
@@ -220,9 +237,33 @@ def _open(path: Path, options: Any, provider: str, provider_options: dict[str, A
     if session.get_providers()[0] != provider:
         raise MissingError(
             f"{path.name} was to run on {provider}, but it did not start (its libraries or its device are missing) "
-            f"and onnxruntime fell back to {session.get_providers()[0]}; `vitprune-deploy doctor` says what is missing"
+            f"and onnxruntime fell back to {session.get_providers()[0]}; "
+            f"{missing or '`vitprune-deploy doctor` says what is missing'}"
         )
     return session
+
+
+def _load_cuda() -> str:
+    """Load CUDA's libraries from NVIDIA's wheels, where the system's loader does not look; says which it missed."""
+    said = io.StringIO()
+    if hasattr(_import(), "preload_dlls"):  # since 1.21
+        with redirect_stdout(said):
+            _import().preload_dlls()
+    return " ".join(said.getvalue().split())
+
+
+def _refuse_cpu_nodes(path: Path, session: Any, provider: str) -> None:
+    """Raise NotSupported if the CPU is to run a node that works on more than sizes."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return
+    assigned = session.get_provider_graph_assignment_info()
+    nodes = [node for part in assigned if part.ep_name == PROVIDERS["cpu"] for node in part.get_nodes()]
+    for node in nodes:
+        if node.op_type not in ON_SIZES:
+            raise NotSupported(
+                f"{path}: {provider} does not take the node {node.name} of type {node.op_type}; "
+                "set the option cpu_nodes to let the CPU run it"
+            )
 
 
 def _explain(path: Path, provider: str, error: Exception) -> Exception:
@@ -255,7 +296,7 @@ def _short(provider: str) -> str:
 
 def _is_gpu(provider: str) -> bool:
     """Whether nodes that it leaves to the CPU would make figures meaningless."""
-    return provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider", "DmlExecutionProvider")
+    return provider in (*CUDA, "DmlExecutionProvider")
 
 
 def _task_ids() -> set[int]:

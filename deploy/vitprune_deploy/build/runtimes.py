@@ -50,10 +50,12 @@ def loader(profile: Profile) -> Loader:
 
     def load(path: Path, sizes: Mapping[str, int]) -> Backend:
         from ..backends.tensorrt import TensorRT, build_engine
+        from ..latency.wholes import is_part
 
         plan = path.with_name(f"{path.stem}-{'-'.join(map(str, sizes.values()))}.plan")
         build_engine(path, plan, _fixed(path, sizes, profile))
-        return TensorRT.load(plan, threads=threads, options=load_options(profile))
+        options = {**load_options(profile), "copies": not is_part(sizes)}
+        return TensorRT.load(plan, threads=threads, options=options)
 
     return load
 

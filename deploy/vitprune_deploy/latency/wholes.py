@@ -37,9 +37,15 @@ def onnxruntime_loader(threads: int | None, options: Mapping[str, Any] | None = 
 
     def load(path: Path, sizes: Mapping[str, int]) -> Backend:
         fixed = {name: size for name, size in sizes.items() if name in PART_AXES}
-        return OnnxRuntime.load(path, threads=threads, options={**(options or {}), "sizes": fixed})
+        more = {"sizes": fixed, "copies": not is_part(sizes)}
+        return OnnxRuntime.load(path, threads=threads, options={**(options or {}), **more})
 
     return load
+
+
+def is_part(sizes: Mapping[str, int]) -> bool:
+    """Whether these are the sizes of a part of a model: its tokens are on the GPU before it runs, and stay there."""
+    return any(name in sizes for name in PART_AXES)
 
 
 def subject(name: str, path: Path, load: Loader, sizes: Mapping[str, int]) -> Subject:
