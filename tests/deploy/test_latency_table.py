@@ -15,6 +15,7 @@ from vitprune.search.latency import LatencyTable
 from vitprune.tokens.evit import EViT
 from vitprune.tokens.tome import ToMe
 from vitprune_deploy.latency import table as tables
+from vitprune_deploy.latency import timing
 from vitprune_deploy.latency.pieces import PieceFiles, only_block, spread
 from vitprune_deploy.latency.protocol import measure
 from vitprune_deploy.latency.table import Request, accept, make_levels, measure_table, table_key
@@ -84,10 +85,18 @@ def test_what_was_measured_on_a_slow_machine_is_measured_again(model, tmp_path, 
         pace_ms = 20.0 if len(calls) == slow else 10.0  # of the reference
         return [one.at(pace_ms) for one in measure(*arguments, **more)]
 
-    monkeypatch.setattr(tables, "measure", slow_once)
+    monkeypatch.setattr(timing, "measure", slow_once)
     result = measure_table(model, REQUEST, onnxruntime_loader(1), tmp_path)
     assert calls == [len(result.pieces), len(result.wholes), len(result.pieces if slow == 1 else result.wholes)]
     assert {one.reference_ms for one in (*result.pieces, *(w.measurement for w in result.wholes))} == {10.0}
+
+
+def test_a_call_that_does_nothing_takes_some_time_which_no_part_is_charged_with(model, tmp_path):
+    files = PieceFiles(model, tmp_path, 2, "fp32", "onnxruntime")
+    call_ms = timing.time_call(onnxruntime_loader(1)(files.nothing(), {"tokens": 1}))
+    assert 0 < call_ms < 5
+    assert timing.without_call(1.0, 0.25) == 0.75
+    assert timing.without_call(1.0, 0.95) == pytest.approx(0.1)  # some work is always left
 
 
 def test_whole_models_of_a_table_start_with_the_dense_one_and_differ(measured, model):

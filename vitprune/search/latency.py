@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import InputError
 from .counts import Counts, TokenMethod
-from .fit import fit_nonnegative, fit_whole
+from .fit import fit_nonnegative, fit_whole, level_factors
 
 Key = tuple[int, int]
 
@@ -155,7 +155,8 @@ class LatencyTable:
 
         With n = prefix + patches: attention c0 + c1 n h + c2 n^2 h + c3 n, without c2 where the prefix tokens alone
         ask; token sizes add c0 + c1 n + c2 n^2 h; MLP c0 + c1 n m + c3 n; a step from n to k tokens c0 + c1 n + c2 n k
-        + c3 n^2; the head c0 + c1 n. All c >= 0.
+        + c3 n^2; the head c0 + c1 n. All c >= 0. Attention and MLP times a factor for each level, see
+        ``level_factors``.
         Times of reductions are differences, and one that noise made negative counts as 0.
 
         Raises:
@@ -165,15 +166,17 @@ class LatencyTable:
         left = (*levels.tokens, 0) if pieces.attn_prefix else levels.tokens
         attn_keys = [(n, h) for n in levels.tokens for h in levels.heads]
         mlp_keys = [(n, m) for n in left for m in levels.mlp]
-        attn = _fill("attention", attn_keys, pieces.attn, [_attention(at + n, h) for n, h in attn_keys])
-        mlp = _fill("MLP", mlp_keys, pieces.mlp, [(1, (at + n) * m, at + n) for n, m in mlp_keys])
+        work = [_attention(at + n, h) for n, h in attn_keys]
+        attn = _fill("attention", attn_keys, pieces.attn, work, by_level=True)
+        work = [(1, (at + n) * m, at + n) for n, m in mlp_keys]
+        mlp = _fill("MLP", mlp_keys, pieces.mlp, work, by_level=True)
         head = _fill("head", list(left), pieces.head, [(1, at + n) for n in left])
         asked = [(1, (at + n) * h, at + n) for n, h in attn_keys]
         prefix = _fill("last attention", attn_keys, pieces.attn_prefix, asked) if pieces.attn_prefix else {}
         steps = levels.steps()
-        work = [(1, at + n, (at + n) * (at + k), (at + n) ** 2) for n, k in steps]
+        moved = [(1, at + n, (at + n) * (at + k), (at + n) ** 2) for n, k in steps]
         reduce = {
-            name: _fill(name, steps, {key: max(0.0, ms) for key, ms in measured.items()}, work)
+            name: _fill(name, steps, {key: max(0.0, ms) for key, ms in measured.items()}, moved)
             for name, measured in pieces.reduce.items()
         }
         sized = _fill_sized(attn, pieces.attn_sized, at) if pieces.attn_sized else {}
@@ -309,9 +312,17 @@ def _attention(n: int, heads: int) -> tuple[float, ...]:
 
 
 def _fill(
-    name: str, keys: Sequence[Any], measured: Mapping[Any, float], work: Sequence[Sequence[float]]
+    name: str,
+    keys: Sequence[Any],
+    measured: Mapping[Any, float],
+    work: Sequence[Sequence[float]],
+    *,
+    by_level: bool = False,
 ) -> dict[Any, Entry]:
-    """Entries for all ``keys``; ``work`` [keys, F] are the features of the fitted form."""
+    """Entries for all ``keys``; ``work`` [keys, F] are the features of the fitted form.
+
+    ``by_level``: what the form misses is ascribed to the two levels of an entry; see ``level_factors``.
+    """
     for key, ms in measured.items():
         if key not in keys:
             raise InputError(f"latency table: {name} entry {key} lies outside the grid {keys[0]} .. {keys[-1]}")
@@ -326,6 +337,9 @@ def _fill(
     features = np.array(work, dtype=float)
     rows = [keys.index(key) for key in measured]
     predicted = features @ fit_nonnegative(features[rows], np.array(list(measured.values()), dtype=float))
+    if by_level and min(measured.values()) > 0 and predicted[rows].min() > 0:
+        ratios = {key: ms / predicted[row] for row, (key, ms) in zip(rows, measured.items(), strict=True)}
+        predicted = predicted * level_factors(keys, ratios)
     return {
         key: Entry(float(measured[key]), True) if key in measured else Entry(float(ms), False)
         for key, ms in zip(keys, predicted, strict=True)

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,23 +15,22 @@ from vitprune.errors import InputError
 from vitprune.model.config import VitConfig
 from vitprune.model.vit import Vit
 from vitprune.search.counts import Counts, TokenMethod
-from vitprune.search.landing import SLOW
 from vitprune.search.latency import Circumstances, LatencyTable, Levels, Timed
 from vitprune.search.latency import Pieces as Times
 
 from ..artifact import canonical_sha256
 from ..export.precision import opset_for
 from .fingerprint import compare, device_fingerprint, identity
-from .pieces import PieceFiles, only_block, spread
-from .protocol import ANCHOR_HALF_WIDTH, TABLE_HALF_WIDTH, Measurement, Progress, measure
+from .pieces import TOKENS, PieceFiles, only_block, spread
+from .protocol import Measurement, Progress
+from .timing import time_both, time_call, without_call
 from .visits import Subject
 from .wholes import Loader, export_whole, fewest, random_counts, slim, subject
 
 MEASURED = {"tokens": 5, "heads": 4, "mlp": 4}  # levels of each that are measured, spread over all
 LONG_MS = 10.0  # a reference longer than this runs on one image
-LEAST_S = 15.0  # for the parts, and for the whole models, however long exporting took
 STEPS_FITTED = 4  # measured reductions that the fitted form needs
-FORMAT = 2  # raised when tables measured before must not be used any more
+FORMAT = 3  # raised when tables measured before must not be used any more
 
 
 @dataclass(frozen=True)
@@ -129,32 +127,16 @@ def measure_table(
     plans = _anchors(levels, len(model.config.blocks), request)
     wholes = _export_wholes(model, plans, request, work, _phase(progress, 300, 600))
     reference, device = _reference(model, load, levels, request, work)
-    subjects = [_subject(part, path, load, levels) for part, path in zip(parts, paths, strict=True)]
-    measure_pieces = partial(
-        measure,
-        subjects,
-        reference,
-        relative_half_width=TABLE_HALF_WIDTH,
-        max_seconds=max(2 * LEAST_S, end - time.monotonic()) / 2,
-        seed=request.seed,
-    )
-    pieces = measure_pieces(progress=_phase(progress, 600, 800))
-    measure_wholes = partial(
-        measure,
+    pieces, found = time_both(
+        [_subject(part, path, load, levels) for part, path in zip(parts, paths, strict=True)],
         [subject(name, path, load, {}) for name, path in wholes.items()],
         reference,
-        relative_half_width=ANCHOR_HALF_WIDTH,
-        max_seconds=max(LEAST_S, end - time.monotonic()),
+        end=end,
         seed=request.seed,
+        progress=_phase(progress, 600, 1000),
     )
-    found = measure_wholes(progress=_phase(progress, 800, 1000))
-    # what was measured while the machine was slow is measured again, once
-    if pieces[0].reference_ms > SLOW * found[0].reference_ms:
-        pieces = measure_pieces()
-    elif found[0].reference_ms > SLOW * pieces[0].reference_ms:
-        found = measure_wholes()
-    pieces = [piece.at(found[0].reference_ms) for piece in pieces]
-    times = {part: piece.value_ms for part, piece in zip(parts, pieces, strict=True)}
+    call_ms = time_call(load(files.nothing(), {TOKENS.name: 1}))
+    times = {part: without_call(piece.value_ms, call_ms) for part, piece in zip(parts, pieces, strict=True)}
     table = LatencyTable.fill(_circumstances(model.config, request, device), levels, _times(times))
     measured = tuple(Whole(plan, one) for plan, one in zip(plans.values(), found, strict=True))
     table = table.fit_correction([Timed(plan, one.value_ms, request.method) for plan, one in measured])
@@ -258,11 +240,11 @@ def _circumstances(config: VitConfig, request: Request, device: Mapping[str, Any
 
 
 def _parts(levels: Levels, request: Request) -> list[_Part]:
-    """What to measure: each kind on a coarse grid of its own."""
+    """What to measure: each kind on a coarse grid of its own, and every level of tokens and widths once at least."""
     tokens, heads, units = (spread(getattr(levels, name), count) for name, count in MEASURED.items())
     found = [_Part("stem", tokens[0]), *(_Part("head", n) for n in spread(tokens, 2))]
-    found += [_Part("attention", n, h) for n in tokens for h in heads]
-    found += [_Part("mlp", n, m) for n in tokens for m in units]
+    found += [_Part("attention", n, h) for n, h in _grid(levels.tokens, tokens, levels.heads, heads)]
+    found += [_Part("mlp", n, m) for n, m in _grid(levels.tokens, tokens, levels.mlp, units)]
     if request.prefix_only:
         found += [_Part("last", n, h) for n in tokens for h in heads]
         found += [_Part("head", 0), *(_Part("mlp", 0, m) for m in units)]
@@ -274,6 +256,16 @@ def _parts(levels: Levels, request: Request) -> list[_Part]:
             for n, k in _steps(method, levels, tokens)
         ]
     return found
+
+
+def _grid(
+    tokens: Sequence[int], some_tokens: Sequence[int], widths: Sequence[int], some_widths: Sequence[int]
+) -> list[tuple[int, int]]:
+    """All pairs of some token counts and some widths; every other one of either with the second of the other kind."""
+    token, width = (some[min(1, len(some) - 1)] for some in (some_tokens, some_widths))
+    pairs = [(n, w) for n in some_tokens for w in some_widths]
+    return [*pairs, *((n, width) for n in tokens if n not in some_tokens),
+            *((token, w) for w in widths if w not in some_widths)]  # fmt: skip
 
 
 def _steps(method: TokenMethod, levels: Levels, tokens: Sequence[int]) -> list[tuple[int, int]]:
