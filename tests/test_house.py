@@ -19,7 +19,7 @@ FLOORS = [
     ["vitprune.model"],
     ["vitprune.macs", "vitprune.statistics"],
     ["vitprune.tokens", "vitprune.criteria", "vitprune.structure", "vitprune.weights"],
-    ["vitprune.surgery"],
+    ["vitprune.schedules", "vitprune.surgery"],
     ["vitprune.recover"],
     ["vitprune.search"],
     ["vitprune_deploy", "vitprune_deploy.profile", "vitprune_deploy.artifact", "vitprune_deploy.data"],

@@ -30,8 +30,8 @@ from vitprune.search.counts import TokenMethod
 from vitprune.surgery import prune
 from vitprune.tokens.base import Reducer
 from vitprune_deploy.build.bench import Bench
-from vitprune_deploy.build.choose import sizes
 from vitprune_deploy.build.make import slim_model
+from vitprune_deploy.build.sizes import sizes
 from vitprune_deploy.latency.fingerprint import machine_state
 from vitprune_deploy.validate import Paired, Share
 

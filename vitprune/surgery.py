@@ -15,7 +15,8 @@ from .errors import InputError, NotSupported
 from .model.config import BlockConfig, VitConfig
 from .model.vit import Attention, Block, Mlp, Vit, fingerprint
 from .plan import BlockPlan, Plan
-from .tokens.base import Reducer
+from .schedules import Wanted, counts
+from .tokens.base import Place, Reducer
 
 CompensatedWeights = Mapping[tuple[int, str], Tensor]
 
@@ -73,6 +74,27 @@ def build(config: VitConfig, state_dict: Mapping[str, Tensor] | None = None) -> 
     return model
 
 
+def reduce_tokens(model: Vit, method: str, schedule: Wanted) -> Vit:
+    """``model`` with a token method in it, and all of its heads, units and weights.
+
+    Args:
+        method: name of a file in ``vitprune/tokens``.
+        schedule: as ``schedules.counts`` takes it: ``"published-0.7"``, or ``{3: 139, 6: 99}``.
+
+    Raises:
+        InputError: the schedule does not fit the method or the model.
+        NotSupported: the method needs a class token and the model has none.
+    """
+    config, plan = model.config, dense_plan(model)
+    left = counts(method, schedule, len(config.blocks), config.patches, config.prefix)
+    entering = (config.patches, *left)
+    kept = [
+        block if after == before else replace(block, patches=after)
+        for block, before, after in zip(plan.blocks, entering, left, strict=False)
+    ]
+    return prune(model, replace(plan, reducer=method, blocks=tuple(kept)))
+
+
 def dense_plan(model: Vit) -> Plan:
     """The plan that keeps all of ``model``."""
     blocks = model.config.blocks
@@ -100,7 +122,7 @@ def _reducers(config: VitConfig) -> dict[int, nn.Module]:
                 f"block {number}: {config.reducer} can leave {fewest} to {entering} of {entering} patch tokens, "
                 f"not {block.patches}"
             )
-        reducers[number] = kind()
+        reducers[number] = kind(Place(number, len(config.blocks)))
         entering = block.patches
     return reducers
 

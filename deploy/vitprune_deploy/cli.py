@@ -333,6 +333,19 @@ def inspect(
     return verb.inspect(path)
 
 
+@_verb("  vitprune-deploy visualize out/quickstart photo.jpg another.png")
+def visualize(
+    show: console.Console,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="the output folder of a build")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="image files")],
+    output: Annotated[Path | None, typer.Option(help="folder for the PNG files; DIR/tokens")] = None,
+) -> Answer:
+    """Draw which tokens of images survive, block by block. Merged tokens as regions; one PNG for each image."""
+    from .verbs import visualize as verb
+
+    return verb.visualize(folder, images, output)
+
+
 @_verb("  vitprune-deploy doctor")
 def doctor(show: console.Console) -> Answer:
     """Show what this machine can run and build, or lacks."""

@@ -1,4 +1,4 @@
-"""validate and inspect, on a folder as a build leaves it."""
+"""validate, inspect and visualize, on a folder as a build leaves it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import tiny
 import torch
 from PIL import Image
 
+from vitprune import parts
 from vitprune_deploy import cli
 from vitprune_deploy.artifact import Manifest, hash_files
+from vitprune_deploy.build.bench import save_vit
 from vitprune_deploy.data import Preprocess
 from vitprune_deploy.export.onnx import export_onnx
 from vitprune_deploy.profile import commented_yaml, load_profile
@@ -49,12 +51,12 @@ def built(tmp_path_factory):
     return out
 
 
-def write_manifest(out, budget_ms=10_000.0):
+def write_manifest(out, budget_ms=10_000.0, files=FILES):
     engine = {"runtime": "onnxruntime", "precision": "fp32", "status": "run", "file": "model.onnx"}
     Manifest(
         schema=1, verdict="pass", reasons=(), device={"cpu": "another"}, versions={}, dense=FIGURES, pruned=FIGURES,
         budget={"latency_ms": budget_ms, "percentile": 50, "batch": 1, "image_size": (28, 28)},
-        parity={"max_abs": 0.0, "top1_agreement": 100.0}, engines=(engine,), files=hash_files(out, FILES),
+        parity={"max_abs": 0.0, "top1_agreement": 100.0}, engines=(engine,), files=hash_files(out, files),
         preprocess=PREPROCESS.to_dict(), classes=[f"class {i}" for i in range(10)],
     ).write(out)  # fmt: skip
 
@@ -170,3 +172,46 @@ def test_inspect_says_what_it_knows_of(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("x")
     assert cli.main(["inspect", str(tmp_path / "notes.txt")]) == 2
     assert "inspect knows output folders, .onnx files and .plan files" in capsys.readouterr().err
+
+
+def reducing(folder, method="tome"):
+    """An output folder of a model that reduces tokens twice; only what visualize reads."""
+    model = tiny.tiny_vit(**({"keep": {0: 30, 1: 20}, "reducer": method} if method else {}))
+    save_vit(model, folder, "model")
+    write_manifest(folder, files=["model.json", "model.safetensors"])
+    return folder
+
+
+@pytest.mark.parametrize("method", parts.names("vitprune.tokens"))
+def test_visualize_draws_each_image_block_by_block(tmp_path, capsys, method):
+    folder, pictures = reducing(tmp_path, method), [tmp_path / "a" / "it.png", tmp_path / "b" / "it.png"]
+    for seed, path in enumerate(pictures):
+        path.parent.mkdir()
+        pixels = np.random.default_rng(seed).integers(0, 256, (40, 28, 3), np.uint8)
+        Image.fromarray(pixels).save(path)
+    assert cli.main(["visualize", str(folder), *map(str, pictures), "--json"]) == 0
+    written = [Path(name) for name in json.loads(capsys.readouterr().out)]
+    assert written == [folder / "tokens" / "it.png", folder / "tokens" / "it-2.png"]
+    first, second = (np.asarray(Image.open(path)) for path in written)
+    assert first.shape == second.shape
+    assert first.shape[1] > 3 * 168  # the image and two blocks, each at least so wide
+    assert (first != second).any()
+
+
+def test_visualize_says_what_it_cannot_draw(tmp_path, capsys):
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "notes.png").write_text("no image")
+    Image.new("RGB", (28, 28)).save(tmp_path / "good.png")
+    folder, dense = reducing(tmp_path), reducing(tmp_path / "dense", None)
+    for arguments, says in [
+        ([folder, tmp_path / "none.png"], "none.png: there is no such image"),
+        ([folder, tmp_path / "notes.png"], "notes.png is no image that can be read"),
+        ([dense, tmp_path / "good.png"], "the model reduces no tokens"),
+        ([tmp_path / "nowhere", tmp_path / "good.png"], "nowhere: there is no such folder"),
+    ]:
+        assert cli.main(["visualize", *map(str, arguments)]) == 2
+        assert says in capsys.readouterr().err
+    assert not (dense / "tokens").exists()
+    (folder / "model.safetensors").write_bytes(b"cut")
+    assert cli.main(["visualize", str(folder), str(tmp_path / "good.png")]) == 2
+    assert "is cut off or changed" in capsys.readouterr().err

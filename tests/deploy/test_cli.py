@@ -22,8 +22,8 @@ from vitprune_deploy.verbs.answer import Answer, table
 from vitprune_deploy.verbs.building import budget_overrides, parse_budget
 
 ROOT = Path(__file__).parent.parent.parent
-VERBS = ["build", "init", "check", "measure", "search", "export", "validate", "bench", "inspect", "doctor", "schema",
-         "profiles"]  # fmt: skip
+VERBS = ["build", "init", "check", "measure", "search", "export", "validate", "bench", "inspect", "visualize", "doctor",
+         "schema", "profiles"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -137,7 +137,7 @@ def test_check_finds_nothing_wrong_with_what_can_be_built_and_estimates_the_time
     found = json.loads(capsys.readouterr().out)
     assert found["problems"] == []
     assert found["images"] == {"calibration": 16, "recovery": 82, "test": 82}
-    assert found["token_methods"] == ["evit", "tome"]
+    assert found["token_methods"] == ["evit", "evit_drop", "pitome", "tome"]
     assert found["folder"] == "out/tiny"
     seconds = found["estimated_seconds"]
     assert seconds.keys() == {"measure", "losses", "search", "recover", "export", "engines", "validate"}

@@ -56,6 +56,8 @@ def test_a_model_within_all_limits_passes_without_a_reason():
         ({}, {"latency": Percentile(9.0, 8.0, 9.9)}, "unstable", "known to 8..9.9 ms only, too wide"),
         ({}, {"latency": Percentile(12.0, 11.9, 12.1), "slowdown": 1.5}, "unstable", "took 1.50 times as long as when"),
         ({}, {"latency": Percentile(9.0, 8.9, 9.1), "slowdown": 1.5}, "pass", ""),  # even so
+        ({}, {"latency": Percentile(12.0, 11.9, 12.1), "drift": 0.54}, "unstable", "own time varied by 54% while"),
+        ({}, {"latency": Percentile(12.0, 11.9, 12.1), "drift": 0.1}, "fail", "is over the budget"),
         (
             {},
             {"latency": Percentile(12.0, 11.9, 12.1), "slowdown": 0.8},

@@ -182,3 +182,12 @@ def test_recovery_is_shared_by_several_processes(built, profile_path, tmp_path):
     assert sorted(path.name for path in (tmp_path / "trained").iterdir()) == [
         "model.json", "model.safetensors", "recovery.json",
     ]  # fmt: skip
+
+
+def test_a_schedule_is_what_the_built_model_keeps(profile_path, tmp_path):
+    fixed = ["prune={tokens: {method: pitome, schedule: {0: 40, 1: 30}}, last_block: full}", "search.landings=0"]
+    manifest = build(load_profile(profile_path, fixed), tmp_path, Console(quiet=True))
+    plan = Plan.from_dict(yaml.safe_load((tmp_path / "plan.yaml").read_text()))
+    assert plan.reducer == "pitome"
+    assert [block.patches for block in plan.blocks] == [40, 30, None]
+    assert manifest.parity.max_abs <= 1e-4

@@ -220,3 +220,22 @@ def test_losses_of_the_synthetic_model_are_what_these_tests_assume():
     assert made.tokens[0] == {}
     assert all(curve[max(curve)] == 0 for curve in made.heads + made.mlp)
     assert isinstance(problem(0), Problem)
+
+
+@pytest.mark.parametrize("method", [EVIT, TOME, EVIT._replace(where="before")])
+def test_with_a_schedule_tokens_are_no_choice(method):
+    left = (TOKENS[0], TOKENS[0], TOKENS[1], TOKENS[1], TOKENS[2], TOKENS[2])
+    made = replace(problem(7, 6, method), schedule=left)
+    dense_ms = made.predict_ms(made.dense())
+    points = made.solve([dense_ms / 3, dense_ms]).points(60)
+    assert len(points) > 10
+    assert {point.counts.patches for point in points} == {left}
+    free = problem(7, 6, method).solve([dense_ms / 3, dense_ms])
+    assert all(free.best(point.budget_ms).loss <= point.loss + 1e-9 for point in points)
+
+
+def test_a_schedule_leaves_a_last_block_for_the_prefix_alone_as_it_is():
+    left = (TOKENS[0], TOKENS[1], TOKENS[1])
+    made = Problem(ending_early(), losses(1, 3), EVIT, Sizes((*HEADS, 0), MLP, (*TOKENS, 0)), schedule=left)
+    dense_ms = made.predict_ms(made.dense())
+    assert {p.counts.patches for p in made.solve([dense_ms / 2, dense_ms]).points(9)} == {(*left[:2], 0)}

@@ -15,6 +15,7 @@ class TokenState(NamedTuple):
     prefix: int  # tokens that must never be removed
     patches: int  # patch tokens that the image had; symbolic while a graph with dynamic image size is exported
     size: Tensor | None = None  # [B, N, 1] patches merged into each token; None: one each
+    counted: bool = True  # attention adds the logarithm of the sizes to its logits
     source: Tensor | None = None  # [B, N, P] share of each of the image's patches in a token; None: not tracked
 
 

@@ -317,7 +317,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def size_bias(state: TokenState) -> Tensor | None:
     """The logarithm of the token sizes, as attention adds it to the logits of its keys: [B, 1, 1, N]."""
-    return None if state.size is None else state.size.log().squeeze(-1)[:, None, None]
+    return None if state.size is None or not state.counted else state.size.log().squeeze(-1)[:, None, None]
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

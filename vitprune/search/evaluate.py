@@ -15,7 +15,7 @@ from ..model.state import TokenState
 from ..model.vit import Vit, fingerprint
 from ..statistics import Half, Progress, batches, blocks_of
 from ..surgery import prune
-from ..tokens.base import Reducer
+from ..tokens.base import Place, Reducer
 from .counts import Counts
 from .probes import distance, ending_early, put_in
 from .rankings import Rankings
@@ -124,7 +124,7 @@ class Evaluator:
         block = blocks_of(self.model)[index]
         change: dict[str, Any] = {"attn": self.halves[index, "attn", heads], "mlp": self.halves[index, "mlp", mlp]}
         if keep and self.method is not None:
-            change |= {"reducer": self.method(), "keep": keep}
+            change |= {"reducer": self.method(Place(index, len(self.model.blocks))), "keep": keep}
         elif index == len(self.model.blocks) - 1 and self.model.config.reads_prefix_only:
             change |= {"prefix_only": True}
         with put_in(block, **change):

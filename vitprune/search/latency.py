@@ -176,7 +176,13 @@ class LatencyTable:
         steps = levels.steps()
         moved = [(1, at + n, (at + n) * (at + k), (at + n) ** 2) for n, k in steps]
         reduce = {
-            name: _fill(name, steps, {key: max(0.0, ms) for key, ms in measured.items()}, moved)
+            # of a few levels, a few steps: as many terms of the form as there are
+            name: _fill(
+                name,
+                steps,
+                {k: max(0.0, ms) for k, ms in measured.items()},
+                [row[: max(1, len(measured))] for row in moved],
+            )
             for name, measured in pieces.reduce.items()
         }
         sized = _fill_sized(attn, pieces.attn_sized, at) if pieces.attn_sized else {}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..model.state import TokenState
 from ..model.vit import Block, Vit
 from ..statistics import Half, blocks_of, out_layers, unit_sizes
-from ..tokens.base import Reducer
+from ..tokens.base import Place, Reducer
 
 
 def kl_to_dense(dense_logits: Tensor, logits: Tensor) -> Tensor:
@@ -116,7 +116,8 @@ def reducing(model: Vit, method: type[Reducer], route: Mapping[int, int]) -> Ite
     """While open, each block of ``route`` leaves so many patch tokens."""
     with ExitStack() as stack:
         for index, keep in route.items():
-            stack.enter_context(put_in(blocks_of(model)[index], reducer=method(), keep=keep))
+            reducer = method(Place(index, len(model.blocks)))
+            stack.enter_context(put_in(blocks_of(model)[index], reducer=reducer, keep=keep))
         yield
 
 

@@ -51,6 +51,7 @@ class Problem:
         method: what reduces tokens; None: nothing does.
         sizes: a size that a block has no loss for is passed over there; patches must be levels of the table.
         weights: what the losses of a unit are multiplied by, 1 where it is not named.
+        schedule: patch tokens that leave each block, where that is no choice; None: it is one.
     """
 
     table: LatencyTable
@@ -58,6 +59,7 @@ class Problem:
     method: TokenMethod | None
     sizes: Sizes
     weights: Mapping[Unit, float] = field(default_factory=dict)
+    schedule: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.method is not None and self.losses.token_method != self.method.name:
@@ -146,11 +148,17 @@ class Problem:
         weight, cold_ms = self.weights.get((number, "mlp"), 1.0), kappa * self.table.levels.unit_bytes / 1e6
         choices = [
             [Choice(weight * mlp[m], b * self.table.mlp_ms(n, m) + cold_ms * m, ("mlp", m)) for m in sizes]
-            if (n == 0) == self._is_prefix_only(number)
+            if self._may_leave(number, n)
             else []
             for n in self.levels
         ]
         return [*self._attention_and_step(number), Stay(choices)]
+
+    def _may_leave(self, number: int, patches: int) -> bool:
+        """Whether a block may have so many patch tokens behind its attention."""
+        if self._is_prefix_only(number) or patches == 0:
+            return self._is_prefix_only(number) and patches == 0
+        return self.schedule is None or patches == self.schedule[number]
 
     def _is_prefix_only(self, number: int) -> bool:
         return self.ends_early and number + 1 == len(self.losses.heads)

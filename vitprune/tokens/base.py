@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..model.state import AttentionView, TokenState
 
+Schedule = Callable[[int, int], list[int]]  # (blocks, patch tokens that enter) -> patch tokens that leave each block
+
+
+class Place(NamedTuple):
+    """Where in a model a token method acts: in which block of how many."""
+
+    block: int = 0
+    depth: int = 1
+
+
+NOWHERE = Place()
+
 
 class Reducer(nn.Module, ABC):
-    """A token method. Published rules for the counts (a share, so many per block) belong to the schedule.
+    """A token method. It is told how many tokens to leave; published rules for the counts are its ``schedules``.
+
+    Args:
+        place: methods that do not work alike in all blocks ask for it.
 
     Attributes:
+        schedules: the authors' hyper-parameters, by name.
         where: 'after': between attention and MLP, so that the attention works on the tokens that come in;
             'before': in front of the block, which works on those that are left.
         proportional: the method keeps token sizes, and attention adds their logarithm from then on.
@@ -28,6 +45,11 @@ class Reducer(nn.Module, ABC):
     needs_class_token: ClassVar[bool] = False
     keeps_order: ClassVar[bool] = False
     drops: ClassVar[bool] = False
+    schedules: ClassVar[Mapping[str, Schedule]] = {}
+
+    def __init__(self, place: Place = NOWHERE) -> None:
+        super().__init__()
+        self.place = place
 
     @staticmethod
     @abstractmethod
@@ -41,6 +63,11 @@ class Reducer(nn.Module, ABC):
         Nothing changes where ``keep == N - prefix``. Under export ``keep`` and N may be symbolic: no branch may
         depend on them (``leaves_all`` is False then), and each operation must be one that TensorRT-RTX parses.
         """
+
+
+def thrice(depth: int) -> set[int]:
+    """The blocks of a model of ``depth`` in which several methods act: the fourth, seventh and tenth of twelve."""
+    return {depth * quarter // 4 for quarter in (1, 2, 3)}
 
 
 def leaves_all(keep: int, patches: int) -> bool:

@@ -9,13 +9,29 @@ theirs with a keep rate of 0.7 is ``keep = ceil(0.7 n) + 1``.
 
 from __future__ import annotations
 
-from typing import cast
+import math
+from collections.abc import Mapping
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from ..model.state import AttentionView, TokenState, wide
-from .base import Reducer, gather_tokens, leaves_all
+from .base import Reducer, Schedule, gather_tokens, leaves_all, thrice
+
+
+def _keeping(rate: float) -> Schedule:
+    """Three blocks keep ``rate`` of what enters them, rounded up, and fuse the rest into one more."""
+
+    def counts(depth: int, patches: int) -> list[int]:
+        left = []
+        for block in range(depth):
+            if block in thrice(depth):
+                patches = min(patches, math.ceil(rate * patches) + 1)
+            left.append(patches)
+        return left
+
+    return counts
 
 
 class EViT(Reducer):
@@ -25,6 +41,9 @@ class EViT(Reducer):
     """
 
     needs_class_token = True
+    schedules: ClassVar[Mapping[str, Schedule]] = {
+        f"published-{rate}": _keeping(rate) for rate in (0.5, 0.6, 0.7, 0.8, 0.9)
+    }
 
     @staticmethod
     def fewest(patches: int, prefix: int) -> int:

@@ -9,12 +9,29 @@ go by similarity; a token that nothing was merged into is copied, not multiplied
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..model.state import AttentionView, TokenState, wide
-from .base import Reducer, gather_tokens, leaves_all
+from .base import Reducer, Schedule, gather_tokens, leaves_all
+
+
+def _merging(first: int, last: int) -> Schedule:
+    """Merges of the first and of the last block, as many as there can be; in between they change evenly."""
+
+    def counts(depth: int, patches: int) -> list[int]:
+        left = []
+        for block in range(depth):
+            merges = int(first + (last - first) * block / max(1, depth - 1))
+            patches -= min(merges, patches // 2)
+            left.append(patches)
+        return left
+
+    return counts
 
 
 class ToMe(Reducer):
@@ -25,6 +42,10 @@ class ToMe(Reducer):
     """
 
     proportional = True
+    schedules: ClassVar[Mapping[str, Schedule]] = {
+        **{f"published-r{merges}": _merging(merges, merges) for merges in (7, 8, 13, 16, 23, 40, 45)},
+        "published-r13-decreasing": _merging(26, 0),
+    }
 
     @staticmethod
     def fewest(patches: int, prefix: int) -> int:

@@ -128,8 +128,8 @@ class Bench:
         asked, kind = self.profile.prune.tokens.method, Reducer
         if asked == "none":
             return []
-        found = []
-        for name in parts.names("vitprune.tokens") if asked == "auto" else [asked]:
+        found, named = [], [asked] if isinstance(asked, str) else asked
+        for name in parts.names("vitprune.tokens") if asked == "auto" else named:
             method = TokenMethod.of(name, parts.load("vitprune.tokens", name, kind))
             if not method.needs_class_token or self.dense.config.class_token:
                 found.append(method)
@@ -137,6 +137,23 @@ class Bench:
                 model = self.profile.model.name
                 raise NotSupported(f"prune.tokens.method {name} scores by the class token, and {model} has none")
         return found
+
+    def schedule(self) -> tuple[int, ...] | None:
+        """Patch tokens that leave each block, where the profile gives them; None: they are searched.
+
+        Raises:
+            InputError: the schedule does not fit the method or the model.
+        """
+        from vitprune.schedules import counts
+
+        wanted, config = self.profile.prune.tokens.schedule, self.dense.config
+        if wanted is None:
+            return None
+        method = self.token_methods()[0].name
+        try:
+            return counts(method, wanted, len(config.blocks), config.patches, config.prefix)
+        except InputError as error:
+            raise InputError(f"prune.tokens.schedule: {error}") from error
 
 
 def load_vit(folder: Path, name: str) -> Vit:

@@ -5,59 +5,28 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from vitprune.errors import BudgetUnreachable
-
 from ..artifact import canonical_sha256, sha256_file
 from . import runtimes
 from .bench import RANKINGS, Bench, write_json
+from .contest import Contest, Entry, losses_file, screened, target
 from .make import served_opset, served_sizes
+from .sizes import sizes
 
 if TYPE_CHECKING:
-    from vitprune.search.correct import Refined
-    from vitprune.search.counts import Counts, Sizes, TokenMethod
-    from vitprune.search.frontier import Point
-    from vitprune.search.landing import Landed, Measured, Refine
-    from vitprune.search.losses import Evaluator, Rankings
+    from vitprune.search.counts import Counts, TokenMethod
+    from vitprune.search.landing import Landed, Measured
     from vitprune.search.problem import Problem
 
     from ..latency.table import Request
 
-MOST_WIDTHS = 12  # of an MLP: between them the loss curve is as good as straight
-FEWEST_PATCHES = 16  # the last token level is this part of all patches
 FASTEST_SPEEDUP = 8.0  # the frontier of frontier.json goes down to this, or to the fastest plan there is
 LANDING_SHARE = 0.25  # of measure.max_seconds, for one round of landing
-
-
-def sizes(bench: Bench) -> Sizes:
-    """The sizes that the search may choose from, as the profile allows them."""
-    from vitprune.search.counts import Sizes
-    from vitprune.search.problem import ladder, multiples
-
-    profile, config = bench.profile, bench.dense.config
-    may, block = profile.prune, config.blocks[0]
-    removal = [0] if may.depth.enabled else []
-    heads = multiples(block.heads, profile.head_multiple, 1) if may.heads.enabled else (block.heads,)
-    units = multiples(block.mlp, _unit_step(block.mlp, profile.mlp_multiple), 1) if may.mlp.enabled else (block.mlp,)
-    levels = may.tokens.levels
-    if may.tokens.method == "none":
-        patches: tuple[int, ...] = ()
-    elif isinstance(levels, int):
-        patches = ladder(config.patches, levels, max(1, config.patches // FEWEST_PATCHES))
-    else:
-        patches = tuple(sorted({max(1, round(config.patches * share)) for share in (1.0, *levels)}, reverse=True))
-    prefix_only = [0] if may.last_block == "prefix" and config.reads_prefix_only else []
-    return Sizes((*heads, *removal), (*units, *removal), (*patches, *prefix_only))
-
-
-def _unit_step(units: int, multiple: int) -> int:
-    """The smallest step that is a multiple of ``multiple`` and makes at most ``MOST_WIDTHS`` widths."""
-    return multiple * max(1, -(-units // (multiple * MOST_WIDTHS)))
 
 
 def table_request(bench: Bench) -> Request:
@@ -150,12 +119,8 @@ def survey_losses(bench: Bench, folder: Path) -> None:
         for number, name in enumerate(names[1:], start=1)
     ]
     for table in (first, *others):
-        write_json(folder / _losses_file(table.token_method), table.to_dict())
+        write_json(folder / losses_file(table.token_method), table.to_dict())
     write_json(folder / "methods.json", names or [None])
-
-
-def _losses_file(token_method: str | None) -> str:
-    return f"losses-{token_method or 'none'}.json"
 
 
 def _nth(bench: Bench, number: int, of: int) -> Any:
@@ -171,6 +136,7 @@ def search_settings(bench: Bench) -> dict[str, Any]:
         "search": profile.search.model_dump(mode="json"),
         "measure": profile.measure.model_dump(mode="json"),
         "token_blocks": profile.prune.tokens.blocks,
+        "schedule": bench.schedule(),
         "seed": profile.seed,
     }
 
@@ -180,7 +146,8 @@ def search(bench: Bench, folder: Path) -> None:
     from vitprune.model.vit import fingerprint
 
     methods: list[TokenMethod | None] = [*bench.token_methods()] or [None]
-    contest = [_contest(bench, method) for method in methods]
+    entries = screened([Entry(bench, method) for method in methods])
+    contest = [entry.search() for entry in entries]
     best = min(contest, key=lambda one: one.held_out_loss)
     landed = _land(bench, best, folder)
     method, counts = best.method.name if best.method else None, landed.chosen.point.counts
@@ -205,78 +172,6 @@ def frontier(problem: Problem) -> list[dict[str, Any]]:
     return to_rows(problem.solve([dense_ms / FASTEST_SPEEDUP, dense_ms]).points())
 
 
-@dataclass(frozen=True)
-class Contest:
-    """One token method's search on predicted times.
-
-    Attributes:
-        method: None where tokens are not reduced.
-        problem: with the weights that the refinement found.
-        refined: None where no plan is predicted to meet the budget.
-        held_out_loss: of the winner, on images that the search did not see.
-        held_out: computes it for any plan.
-        refine_again: gives the finalists of another refinement, once the table is corrected.
-    """
-
-    method: TokenMethod | None
-    rankings: Rankings
-    problem: Problem
-    refined: Refined | None
-    held_out_loss: float
-    held_out: Evaluator
-    refine_again: Refine
-
-
-def _contest(bench: Bench, method: TokenMethod | None) -> Contest:
-    from vitprune.search.correct import Effort, refine
-    from vitprune.search.latency import LatencyTable
-    from vitprune.search.losses import Evaluator, LossTable, Rankings
-    from vitprune.search.problem import Problem
-
-    reducer, wanted = method.name if method else None, bench.profile.search
-    name = reducer or "none"
-    table = LatencyTable.from_dict(bench.json("measure", "latency_table.json"))
-    losses = LossTable.from_dict(bench.json("losses", _losses_file(reducer)))
-    problem = Problem(table, _only_blocks(losses, bench.profile.prune.tokens.blocks), method, sizes(bench))
-    rankings = Rankings.load(bench.folders["losses"] / RANKINGS)
-    evaluate = Evaluator(bench.dense, rankings, bench.search_images[: wanted.probe_images], token_method=reducer)
-    held_out = Evaluator(bench.dense, rankings, bench.holdout_images, token_method=reducer)
-    effort = Effort(max(1, wanted.evaluations), wanted.max_seconds, seed=bench.profile.seed)
-    budget_ms = _target(bench).budget_ms(table.predict_ms(problem.dense(), method))
-
-    def refine_again(corrected: Problem, budget_ms: float) -> list[Point]:
-        less = replace(effort, evaluations=max(1, effort.evaluations // 2))
-        found = refine(corrected, budget_ms, evaluate, less, progress=_tell(bench, name))
-        return [one.point for one in found.finalists]
-
-    try:
-        refined = refine(problem, budget_ms, evaluate, effort, held_out=held_out, progress=_tell(bench, name))
-    except BudgetUnreachable as error:
-        bench.shows.say(f"{name}: {error}")
-        return Contest(method, rankings, problem, None, math.inf, held_out, refine_again)
-    loss = held_out([refined.winner.point.counts])[0]
-    return Contest(method, rankings, problem.reweighted(refined.winner.weights), refined, loss, held_out, refine_again)
-
-
-def _tell(bench: Bench, name: str) -> Any:
-    return lambda done, total, loss: bench.shows.progress(
-        done, total, f"{name}: plans evaluated, least loss {loss:.4f}"
-    )
-
-
-def _only_blocks(losses: Any, blocks: Sequence[int] | None) -> Any:
-    """The losses without those of reducing tokens in other blocks than ``blocks``."""
-    if blocks is None:
-        return losses
-    return replace(losses, tokens=[curve if i in blocks else {} for i, curve in enumerate(losses.tokens)])
-
-
-def _target(bench: Bench) -> Any:
-    from vitprune.search.landing import Target
-
-    return Target(bench.profile.budget.latency_ms, bench.profile.budget.speedup)
-
-
 def _land(bench: Bench, best: Contest, folder: Path) -> Landed:
     """Measure plans near the budget until one lands under it, or trust the table where the profile says so."""
     from vitprune.search.counts import Counts
@@ -291,7 +186,7 @@ def _land(bench: Bench, best: Contest, folder: Path) -> Landed:
     candidates = folder / "candidates"
     landed = land(
         best.problem,
-        _target(bench),
+        target(bench),
         lambda counts: measure_counts(bench, counts, best.method, candidates),
         Approach(rounds=bench.profile.search.landings),
         first=finalists,
@@ -340,7 +235,7 @@ def _trusted(bench: Bench, best: Contest) -> Landed:
     from vitprune.search.landing import Landed, Measured, Row
 
     dense_ms = best.problem.predict_ms(best.problem.dense())
-    budget_ms = _target(bench).budget_ms(dense_ms)
+    budget_ms = target(bench).budget_ms(dense_ms)
     point = best.refined.winner.point if best.refined else best.problem.solve([budget_ms]).fastest
     said = Measured(point.predicted_ms, point.predicted_ms, point.predicted_ms)
     status: Literal["under", "unreachable"] = "under" if best.refined else "unreachable"

@@ -94,6 +94,7 @@ def validate(bench: Bench, folder: Path) -> None:
         memory_mb=memory_mb,
         non_finite=accuracy.non_finite,
         slowdown=_slowdown(bench, dense),
+        drift=dense.reference_drift,
     )
     figures = {
         "verdict": asdict(checks.judge(checks.Limits.of(profile, budget_ms), found)),

@@ -271,17 +271,22 @@ def _grid(
 def _steps(method: TokenMethod, levels: Levels, tokens: Sequence[int]) -> list[tuple[int, int]]:
     """Reductions to measure: from each of ``tokens`` the smallest and the largest that one application can do.
 
+    Where these are too few to fit a form, all that there are.
+
     Raises:
-        InputError: the levels are too far apart for the method, or too few to fit its form.
+        InputError: the levels are too far apart for the method.
     """
-    found = []
-    for n in tokens:
-        reachable = [k for k in levels.tokens if fewest(method, n, levels.prefix) <= k < n]
-        found += [(n, k) for k in spread(reachable, 2)] if reachable else []
-    if len(found) < min(STEPS_FITTED, len(levels.steps())):
+
+    def reachable(n: int) -> list[int]:
+        return [k for k in levels.tokens if fewest(method, n, levels.prefix) <= k < n]
+
+    found = [(n, k) for n in tokens if reachable(n) for k in spread(reachable(n), 2)]
+    if len(found) < STEPS_FITTED:
+        found = [(n, k) for n in levels.tokens for k in reachable(n)]
+    if not found:
         raise InputError(
-            f"{method.name} can go from one of the token levels {list(levels.tokens)} to a lower one in {len(found)} "
-            f"ways only, {STEPS_FITTED} are needed; give more levels, closer to each other"
+            f"{method.name} cannot go from any of the token levels {list(levels.tokens)} to a lower one; give more "
+            "levels, closer to each other"
         )
     return found
 

@@ -232,6 +232,17 @@ def _means_match_deviations(p: Any) -> Iterator[Problem]:
 
 
 @_rule
+def _schedule_has_one_method(p: Any) -> Iterator[Problem]:
+    tokens = p.prune.tokens
+    if tokens.schedule is not None and tokens.method in ("auto", "none"):
+        yield "prune.tokens.schedule", f"belongs to one token method, and prune.tokens.method is {tokens.method}"
+    if tokens.schedule is not None and isinstance(tokens.method, tuple) and len(tokens.method) != 1:
+        yield "prune.tokens.schedule", "belongs to one token method, and prune.tokens.method lists several"
+    if tokens.schedule is not None and tokens.blocks is not None:
+        yield "prune.tokens.blocks", "has no say beside prune.tokens.schedule, which names the blocks itself"
+
+
+@_rule
 def _something_may_be_pruned(p: Any) -> Iterator[Problem]:
     prune = p.prune
     if prune.tokens.method == "none" and not (prune.heads.enabled or prune.mlp.enabled or prune.depth.enabled):

@@ -16,6 +16,7 @@ from .kinds import (
     Count,
     Criterion,
     ImageSize,
+    OneTokenMethod,
     Percent,
     Pixels,
     Precision,
@@ -234,8 +235,13 @@ class Accuracy(Section):
 class Tokens(Section):
     """Patch tokens."""
 
-    method: TokenMethod = Field(
-        default="auto", description="auto tries each training-free method that fits the model; none keeps all tokens"
+    method: TokenMethod | tuple[OneTokenMethod, ...] = Field(
+        default="auto",
+        description="one, or a list to try; auto tries each that fits the model; none keeps all tokens",
+    )
+    schedule: str | dict[Annotated[int, Field(ge=0, le=1000)], Count] | None = Field(
+        default=None,
+        description="a published one such as published-0.7, or {block: patch tokens that leave it}; null: searched",
     )
     levels: Annotated[int, Field(ge=2, le=256)] | tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         default=16, description="token counts to choose from: how many, or the shares kept such as [1.0, 0.7, 0.5]"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -27,6 +27,13 @@ FUSED = np.array([214.0, 96.0, 24.0])  # tint of patches that only a mixture sti
 BORDER = np.array([0.0, 150.0, 255.0])
 
 
+class Drawn(NamedTuple):
+    """A picture, uint8 [H, W, 3], and what it shows."""
+
+    caption: str
+    pixels: np.ndarray
+
+
 def pictures(
     model: Vit, images: Tensor, *, mean: Sequence[float], std: Sequence[float], names: Sequence[str]
 ) -> tuple[Picture, ...]:
@@ -40,6 +47,23 @@ def pictures(
         mean, std: that the images were normalised with, by channel.
         names: of the images, such as their classes.
     """
+    drawn: list[Picture] = []
+    for name, frames in zip(names, strips(model, images, mean=mean, std=std, most=MOST_FRAMES), strict=False):
+        drawn.append(Picture(name, tuple(Frame(one.caption, data_uri(one.pixels)) for one in frames)))
+        if sum(len(frame.uri) for picture in drawn for frame in picture.frames) > MOST_BYTES:
+            return tuple(drawn[:-1])
+    return tuple(drawn)
+
+
+def strips(
+    model: Vit, images: Tensor, *, mean: Sequence[float], std: Sequence[float], most: int | None = None
+) -> Iterator[list[Drawn]]:
+    """Each image with what is left of it after the blocks that reduce tokens; nothing where none does.
+
+    Args:
+        model, images, mean, std: as for ``pictures``.
+        most: frames of one image besides itself, spread over the blocks; None: all.
+    """
     from .survivors import survivors
 
     maps, entering = [], model.config.patches
@@ -48,21 +72,16 @@ def pictures(
             maps.append(found)
         entering = found.tokens
     if not maps:
-        return ()
-    shown = [maps[i] for i in np.unique(np.linspace(0, len(maps) - 1, MOST_FRAMES).round().astype(int))]
+        return
+    shown = [maps[i] for i in np.unique(np.linspace(0, len(maps) - 1, most or len(maps)).round().astype(int))]
     patch, total = model.config.patch_size, model.config.patches
-    drawn: list[Picture] = []
-    for number, (image, name) in enumerate(zip(images.float().cpu().numpy(), names, strict=True)):
+    for number, image in enumerate(images.float().cpu().numpy()):
         pixels = _pixels(image, mean, std)
-        frames = [Frame("the image, as the model gets it", data_uri(pixels))]
+        frames = [Drawn("the image, as the model gets it", pixels)]
         for one in shown:
             caption = f"after block {one.block}: {one.tokens} of {total} tokens"
-            left = draw(pixels, one.holder[number], one.fused[number], patch)
-            frames.append(Frame(caption, data_uri(left)))
-        drawn.append(Picture(name, tuple(frames)))
-        if sum(len(frame.uri) for picture in drawn for frame in picture.frames) > MOST_BYTES:
-            return tuple(drawn[:-1])
-    return tuple(drawn)
+            frames.append(Drawn(caption, draw(pixels, one.holder[number], one.fused[number], patch)))
+        yield frames
 
 
 def draw(pixels: np.ndarray, holder: np.ndarray, fused: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
@@ -90,16 +109,21 @@ def draw(pixels: np.ndarray, holder: np.ndarray, fused: np.ndarray, patch: tuple
     return np.where(_borders(token, merged)[..., None], 0.15 * image + 0.85 * BORDER, image).astype(np.uint8)
 
 
-def data_uri(pixels: np.ndarray) -> str:
-    """``pixels`` [H, W, 3] as a PNG of few colours, between ``SIDE`` and twice that in size."""
+def enlarged(pixels: np.ndarray) -> Image.Image:
+    """``pixels`` [H, W, 3] as an image between ``SIDE`` and twice that in size."""
     image = Image.fromarray(pixels.astype(np.uint8))
     scale = math.ceil(SIDE / max(image.size))
     if scale > 1:
         image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     image.thumbnail((2 * SIDE, 2 * SIDE))
+    return image
+
+
+def data_uri(pixels: np.ndarray) -> str:
+    """``pixels`` [H, W, 3], enlarged, as a PNG of few colours."""
     file = io.BytesIO()
     # the octree keeps the few pixels of borders in their colour, where median cut would give it up
-    image.quantize(COLOURS, Image.Quantize.FASTOCTREE).save(file, "PNG", optimize=True)
+    enlarged(pixels).quantize(COLOURS, Image.Quantize.FASTOCTREE).save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 

@@ -10,6 +10,8 @@ from vitprune.search.landing import SLOW
 from ..latency.protocol import Percentile
 from ..profile import Profile
 
+UNSTEADY = 0.3  # the dense time varies by so large a share: the machine has phases, which change ratios as well
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -51,6 +53,7 @@ class Figures:
         memory_mb: peak of the process's memory that the loaded model added.
         non_finite: images for which the engine gave NaN or infinity.
         slowdown: the dense model's median time, as a multiple of what it was when the plan was measured.
+        drift: by how much the dense model's time varied meanwhile, its 90th minus its 10th percentile over the median.
     """
 
     latency: Percentile | None
@@ -62,6 +65,7 @@ class Figures:
     non_finite: int = 0
     dense_latency: Percentile | None = None
     slowdown: float = 1.0
+    drift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,11 @@ def _undecided_budget(limits: Limits, figures: Figures) -> list[str]:
         return [
             f"the dense model took {figures.slowdown:.2f} times as long as when the plan was measured: the machine is "
             "slow now, and speed-ups are not what they are otherwise; repeat on a quiet machine"
+        ]
+    if figures.drift > UNSTEADY and over:
+        return [
+            f"the dense model's own time varied by {100 * figures.drift:.0f}% while latency was measured, and with it "
+            "how much faster the pruned one is; repeat on a quiet machine"
         ]
     if not limits.relative:
         return []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from ..build.choose import LANDING_SHARE, sizes
+from ..build.choose import LANDING_SHARE
+from ..build.contest import SEARCHED_METHODS
+from ..build.sizes import sizes
 
 if TYPE_CHECKING:
     from ..build import Bench
@@ -80,7 +82,7 @@ def _losses(bench: Bench, image_s: float, blocks: int) -> float:
 def _search(bench: Bench, image_s: float, batch_s: float, blocks: int) -> float:
     wanted, methods, limit_s = (
         bench.profile.search,
-        max(1, len(bench.token_methods())),
+        min(SEARCHED_METHODS, max(1, len(bench.token_methods()))),
         bench.profile.measure.max_seconds,
     )
     seconds = methods * wanted.evaluations * wanted.probe_images * image_s

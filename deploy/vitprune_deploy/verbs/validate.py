@@ -177,6 +177,7 @@ def _judge(profile: Profile, manifest: Manifest, found: Found) -> tuple[checks.V
         agreement=None if found.dense is None else accuracy.agreement.percent,
         memory_mb=found.memory_mb,
         non_finite=accuracy.non_finite,
+        drift=found.dense.reference_drift if found.dense else 0.0,
     )
     return checks.judge(replace(checks.Limits.of(profile, budget_ms), relative=relative), figures), budget_ms
 

@@ -1,0 +1,141 @@
+"""The contest of token methods: each searches plans on predicted times, and the one that loses least goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from vitprune.errors import BudgetUnreachable
+
+from .bench import RANKINGS, Bench
+from .sizes import sizes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitprune.search.correct import Refined
+    from vitprune.search.counts import TokenMethod
+    from vitprune.search.frontier import Point
+    from vitprune.search.landing import Refine
+    from vitprune.search.losses import Evaluator, Rankings
+    from vitprune.search.problem import Problem
+
+SEARCHED_METHODS = 2  # token methods that are searched at length; of the others, one plan is evaluated
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One token method's search on predicted times.
+
+    Attributes:
+        method: None where tokens are not reduced.
+        problem: with the weights that the refinement found.
+        refined: None where no plan is predicted to meet the budget.
+        held_out_loss: of the winner, on images that the search did not see.
+        held_out: computes it for any plan.
+        refine_again: gives the finalists of another refinement, once the table is corrected.
+    """
+
+    method: TokenMethod | None
+    rankings: Rankings
+    problem: Problem
+    refined: Refined | None
+    held_out_loss: float
+    held_out: Evaluator
+    refine_again: Refine
+
+
+class Entry:
+    """A token method that enters the contest: its problem, and what computes true losses of its plans."""
+
+    def __init__(self, bench: Bench, method: TokenMethod | None) -> None:
+        from vitprune.search.correct import Effort
+        from vitprune.search.latency import LatencyTable
+        from vitprune.search.losses import LossTable, Rankings
+        from vitprune.search.problem import Problem
+
+        reducer, wanted = method.name if method else None, bench.profile.search
+        table = LatencyTable.from_dict(bench.json("measure", "latency_table.json"))
+        losses = LossTable.from_dict(bench.json("losses", losses_file(reducer)))
+        losses = _only_blocks(losses, bench.profile.prune.tokens.blocks)
+        self.bench, self.method, self.name = bench, method, reducer or "none"
+        self.problem = Problem(table, losses, method, sizes(bench), schedule=bench.schedule())
+        self.rankings = Rankings.load(bench.folders["losses"] / RANKINGS)
+        self.effort = Effort(max(1, wanted.evaluations), wanted.max_seconds, seed=bench.profile.seed)
+        self.budget_ms = target(bench).budget_ms(table.predict_ms(self.problem.dense(), method))
+
+    def first_loss(self) -> float:
+        """True loss of the plan that the sums favour; infinite where none is predicted to meet the budget."""
+        try:
+            first = self.problem.solve([self.budget_ms]).best(self.budget_ms)
+        except BudgetUnreachable:
+            return math.inf
+        return self._evaluator(self._probes())([first.counts])[0]  # not kept: it holds the tokens of all images
+
+    def search(self) -> Contest:
+        """The search on predicted times."""
+        from vitprune.search.correct import refine
+
+        tell = _tell(self.bench, self.name)
+        evaluate, held_out = self._evaluator(self._probes()), self._evaluator(self.bench.holdout_images)
+
+        def refine_again(corrected: Problem, budget_ms: float) -> list[Point]:
+            limit = self.effort.seconds and self.effort.seconds / 2
+            less = replace(self.effort, evaluations=max(1, self.effort.evaluations // 2), seconds=limit)
+            return [one.point for one in refine(corrected, budget_ms, evaluate, less, progress=tell).finalists]
+
+        found = Contest(self.method, self.rankings, self.problem, None, math.inf, held_out, refine_again)
+        try:
+            refined = refine(self.problem, self.budget_ms, evaluate, self.effort, held_out=held_out, progress=tell)
+        except BudgetUnreachable as error:
+            self.bench.shows.say(f"{self.name}: {error}")
+            return found
+        loss, problem = held_out([refined.winner.point.counts])[0], self.problem.reweighted(refined.winner.weights)
+        return replace(found, problem=problem, refined=refined, held_out_loss=loss)
+
+    def _probes(self) -> Tensor:
+        return self.bench.search_images[: self.bench.profile.search.probe_images]
+
+    def _evaluator(self, images: Tensor) -> Evaluator:
+        from vitprune.search.losses import Evaluator
+
+        name = self.method.name if self.method else None
+        return Evaluator(self.bench.dense, self.rankings, images, token_method=name)
+
+
+def screened(entries: list[Entry]) -> list[Entry]:
+    """The few entries that are searched at length: those whose first plans lose least."""
+    if len(entries) <= SEARCHED_METHODS:
+        return entries
+    losses = {entry.name: entry.first_loss() for entry in entries}
+    kept = sorted(entries, key=lambda entry: losses[entry.name])[:SEARCHED_METHODS]
+    shown = ", ".join(f"{name} {loss:.4f}" for name, loss in sorted(losses.items(), key=lambda item: item[1]))
+    kept[0].bench.shows.say(f"first plans lose: {shown}; {' and '.join(one.name for one in kept)} are searched further")
+    return kept
+
+
+def _tell(bench: Bench, name: str) -> Any:
+    return lambda done, total, loss: bench.shows.progress(
+        done, total, f"{name}: plans evaluated, least loss {loss:.4f}"
+    )
+
+
+def _only_blocks(losses: Any, blocks: Sequence[int] | None) -> Any:
+    """The losses without those of reducing tokens in other blocks than ``blocks``."""
+    if blocks is None:
+        return losses
+    return replace(losses, tokens=[curve if i in blocks else {} for i, curve in enumerate(losses.tokens)])
+
+
+def target(bench: Bench) -> Any:
+    """The latency that the profile asks for."""
+    from vitprune.search.landing import Target
+
+    return Target(bench.profile.budget.latency_ms, bench.profile.budget.speedup)
+
+
+def losses_file(token_method: str | None) -> str:
+    """Where the stage ``losses`` leaves the losses with a token method."""
+    return f"losses-{token_method or 'none'}.json"

@@ -1,0 +1,41 @@
+"""The sizes that a search may choose from, as the profile allows them and the model has them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .bench import Bench
+
+if TYPE_CHECKING:
+    from vitprune.search.counts import Sizes
+
+MOST_WIDTHS = 12  # of an MLP: between them the loss curve is as good as straight
+FEWEST_PATCHES = 16  # the last token level is this part of all patches
+
+
+def sizes(bench: Bench) -> Sizes:
+    """The sizes that the search may choose from, as the profile allows them."""
+    from vitprune.search.counts import Sizes
+    from vitprune.search.problem import ladder, multiples
+
+    profile, config = bench.profile, bench.dense.config
+    may, block = profile.prune, config.blocks[0]
+    removal = [0] if may.depth.enabled else []
+    heads = multiples(block.heads, profile.head_multiple, 1) if may.heads.enabled else (block.heads,)
+    units = multiples(block.mlp, _unit_step(block.mlp, profile.mlp_multiple), 1) if may.mlp.enabled else (block.mlp,)
+    levels, schedule = may.tokens.levels, bench.schedule()
+    if may.tokens.method == "none":
+        patches: tuple[int, ...] = ()
+    elif schedule is not None:
+        patches = tuple(sorted({config.patches, *schedule}, reverse=True))
+    elif isinstance(levels, int):
+        patches = ladder(config.patches, levels, max(1, config.patches // FEWEST_PATCHES))
+    else:
+        patches = tuple(sorted({max(1, round(config.patches * share)) for share in (1.0, *levels)}, reverse=True))
+    prefix_only = [0] if may.last_block == "prefix" and config.reads_prefix_only else []
+    return Sizes((*heads, *removal), (*units, *removal), (*patches, *prefix_only))
+
+
+def _unit_step(units: int, multiple: int) -> int:
+    """The smallest step that is a multiple of ``multiple`` and makes at most ``MOST_WIDTHS`` widths."""
+    return multiple * max(1, -(-units // (multiple * MOST_WIDTHS)))

@@ -1,0 +1,88 @@
+"""Writes vitprune/tokens/README.md: what each token method is and does, read off its file and its exported graph.
+
+python tools/token_methods.py
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from vitprune import parts
+from vitprune.model.config import BlockConfig, VitConfig
+from vitprune.surgery import build
+from vitprune.tokens.base import Reducer
+from vitprune_deploy.export.onnx import export_onnx
+
+PAGE = Path(__file__).parent.parent / "vitprune" / "tokens" / "README.md"
+ABOVE = """# Token methods
+
+Each file of this folder is one method; its name is what a profile calls `prune.tokens.method`. Written by
+`tools/token_methods.py`. A model has one token method, beside any pruning of heads, MLP width and depth. None of these
+needs training, all work in a recovery training, and all have static counts in the exported graph, with a free batch.
+
+```python
+from vitprune.model.timm import from_timm
+from vitprune.surgery import reduce_tokens
+
+slim = reduce_tokens(from_timm("deit_small_patch16_224").model, "evit", "published-0.7")  # or {3: 139, 6: 99, 9: 71}
+```
+
+"""
+HEAD = ("method", "what it does", "source", "class token", "order kept", "sizes in attention", "schedules", "adds")
+
+
+def main() -> None:
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
+
+
+def page() -> str:
+    """The whole page."""
+    rows = [HEAD, ("---",) * len(HEAD), *(row(name) for name in parts.names("vitprune.tokens"))]
+    return ABOVE + "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def row(name: str) -> tuple[str, ...]:
+    kind = parts.load("vitprune.tokens", name, Reducer)
+    title, source = (
+        " ".join(part.split()) for part in (inspect.getdoc(sys.modules[kind.__module__]) or "").split("\n\n")[:2]
+    )
+    what = title.partition(": ")[2].rstrip(".") or title.rstrip(".")
+    found = re.match(r"(.+?), (https://\S+?)[.,](\s|$)", source)
+    assert found, f"{name}: its docstring names no source"
+    return (
+        f"`{name}`",
+        what,
+        f"[{found[1]}]({found[2]})",
+        "needed" if kind.needs_class_token else "not needed",
+        "yes" if kind.keeps_order else "no",
+        "yes" if kind.proportional else "no",
+        ", ".join(f"`{schedule}`" for schedule in kind.schedules),
+        ", ".join(f"{node} {count}" for node, count in sorted(added(name).items())),
+    )
+
+
+def added(name: str) -> Counter[str]:
+    """Nodes that one application adds to an exported model, more than it had."""
+    with tempfile.TemporaryDirectory() as folder:
+        nodes = [
+            Counter(export_onnx(build(config(method)), Path(folder) / "model.onnx", batch=(1, 8)).nodes)
+            for method in (name, None)
+        ]
+    return nodes[0] - nodes[1]
+
+
+def config(method: str | None) -> VitConfig:
+    blocks = tuple(BlockConfig(2, 8, 8, 8**-0.5, 16, 30 if method and i == 0 else None) for i in range(2))
+    return VitConfig(
+        image_size=(28, 28), patch_size=(4, 4), channels=3, dim=16, classes=3, blocks=blocks, reducer=method
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""EViT without fusion: keep the patches that the class token attends to most, drop the rest.
+
+Liang et al., Not All Patches Are What You Need: Expediting Vision Transformers via Token Reorganizations, ICLR 2022,
+https://arxiv.org/abs/2202.07800, with the authors' option to fuse switched off.
+Differs from the authors' code: the distillation and register tokens are protected like the class token, where theirs
+may drop them; only the class token's row of the attention is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..model.state import AttentionView, TokenState
+from .base import Reducer, Schedule, gather_tokens, leaves_all, thrice
+
+
+def _keeping(rate: float) -> Schedule:
+    """Three blocks keep ``rate`` of what enters them, rounded up."""
+
+    def counts(depth: int, patches: int) -> list[int]:
+        left = []
+        for block in range(depth):
+            if block in thrice(depth):
+                patches = math.ceil(rate * patches)
+            left.append(patches)
+        return left
+
+    return counts
+
+
+class EViTDrop(Reducer):
+    """Leaves the ``keep`` patches that the class token attends to most, in that order."""
+
+    needs_class_token = True
+    drops = True
+    schedules: ClassVar[Mapping[str, Schedule]] = {
+        f"published-{rate}": _keeping(rate) for rate in (0.5, 0.6, 0.7, 0.8, 0.9)
+    }
+
+    @staticmethod
+    def fewest(patches: int, prefix: int) -> int:
+        return 1
+
+    def forward(self, state: TokenState, attention: AttentionView, keep: int) -> TokenState:
+        prefix, patches = state.prefix, state.x.shape[1] - state.prefix
+        if leaves_all(keep, patches):
+            return state
+        kept = attention.class_row().mean(1)[:, prefix:].topk(patches, dim=1).indices[:, :keep]
+
+        def left(tokens: Tensor) -> Tensor:
+            return torch.cat([tokens[:, :prefix], gather_tokens(tokens[:, prefix:], kept)], dim=1)
+
+        return state._replace(x=left(state.x), source=None if state.source is None else left(state.source))
