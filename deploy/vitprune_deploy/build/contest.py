@@ -64,7 +64,7 @@ class Entry:
         self.problem = Problem(table, losses, method, sizes(bench), schedule=bench.schedule())
         self.rankings = Rankings.load(bench.folders["losses"] / RANKINGS)
         self.effort = Effort(max(1, wanted.evaluations), wanted.max_seconds, seed=bench.profile.seed)
-        self.budget_ms = target(bench).budget_ms(table.predict_ms(self.problem.dense(), method))
+        self.budget_ms = target(bench).budget_ms(_dense_ms(bench, table.predict_ms(self.problem.dense(), method)))
 
     def first_loss(self) -> float:
         """True loss of the plan that the sums favour; infinite where none is predicted to meet the budget."""
@@ -114,6 +114,12 @@ def screened(entries: list[Entry]) -> list[Entry]:
     shown = ", ".join(f"{name} {loss:.4f}" for name, loss in sorted(losses.items(), key=lambda item: item[1]))
     kept[0].bench.shows.say(f"first plans lose: {shown}; {' and '.join(one.name for one in kept)} are searched further")
     return kept
+
+
+def _dense_ms(bench: Bench, predicted_ms: float) -> float:
+    """The dense model's time as it was measured with the table, of which the table's own prediction may be off."""
+    wholes = bench.json("measure", "wholes.json")
+    return float(wholes[0][1]["value_ms"]) if wholes else predicted_ms
 
 
 def _tell(bench: Bench, name: str) -> Any:
