@@ -11,11 +11,16 @@ import pytest
 import tiny
 import torch
 
+from vitprune import parts
 from vitprune.errors import InputError, MissingError
+from vitprune.search.counts import TokenMethod
+from vitprune.search.probes import kl_to_dense
+from vitprune.surgery import reduce_tokens
+from vitprune.tokens.base import Reducer
 from vitprune_deploy.artifact import sha256_file
 from vitprune_deploy.backends import tensorrt
 from vitprune_deploy.backends._cuda import open_cuda
-from vitprune_deploy.build import judge, make, runtimes
+from vitprune_deploy.build import judge, make, runtimes, screen
 from vitprune_deploy.profile import load_profile
 
 PROFILE = """\
@@ -139,3 +144,33 @@ def test_an_engine_other_than_the_one_of_the_export_is_compared_with_torch(profi
     assert found["max_abs"] == pytest.approx(0.5, abs=1e-4)
     bench.profile = profile()
     assert judge._engine_parity(bench, logits) is None
+
+
+def test_of_many_token_methods_those_go_on_that_lose_least_at_the_same_counts():
+    dense, pictures = tiny.tiny_vit(depth=4), tiny.images(8)
+    names = ["evit", "evit_drop", "pitome", "tome"]
+    losses = screen.one_schedule(dense, names, pictures)
+    assert all(0 < loss < 10 for loss in losses.values())
+    with torch.no_grad():
+        slim = reduce_tokens(dense, "evit_drop", {1: 34, 2: 24, 3: 17})  # 0.7 of 49, of 34 and of 24
+        by_hand = float(kl_to_dense(dense(pictures), slim(pictures)).mean())
+    assert losses["evit_drop"] == pytest.approx(by_hand, rel=1e-6)
+
+
+@pytest.mark.parametrize(("asked", "searched"), [(["tome"], ["tome"]), ([], []), (None, 2)])
+def test_the_methods_that_are_searched_are_two_at_most(tmp_path, asked, searched):
+    kinds = {name: parts.load("vitprune.tokens", name, Reducer) for name in parts.names("vitprune.tokens")}
+    names = list(kinds) if asked is None else asked
+    lines = []
+    bench = SimpleNamespace(
+        candidates=lambda: [TokenMethod.of(name, kinds[name]) for name in names],
+        dense=tiny.tiny_vit(depth=4), search_images=tiny.images(8), shows=SimpleNamespace(say=lines.append),
+    )  # fmt: skip
+    screen.screen(bench, tmp_path)
+    found = json.loads((tmp_path / "methods.json").read_text())
+    if searched == 2:
+        assert found["searched"] == sorted(found["searched"])
+        assert set(found["searched"]) == set(sorted(names, key=lambda name: found["losses"][name])[:2])
+        assert "are searched" in lines[0]
+    else:
+        assert found == {"searched": searched, "losses": {}}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vitprune.search.counts import TokenMethod
 
 RANKINGS = "rankings"  # in the folder of the stage that measures losses
+METHODS = "methods.json"  # in the folder of the stage that chooses token methods
 
 
 class Shows(Protocol):
@@ -116,6 +117,18 @@ class Bench:
         return self.calibration[-self.profile.search.holdout_images :]
 
     def token_methods(self) -> list[TokenMethod]:
+        """The token methods that are searched: those of the stage ``methods``; before it, all candidates.
+
+        Raises:
+            NotSupported: as ``candidates``.
+        """
+        found = self.candidates()
+        if "methods" not in self.folders:
+            return found
+        kept = self.json("methods", METHODS)["searched"]
+        return [method for method in found if method.name in kept]
+
+    def candidates(self) -> list[TokenMethod]:
         """The token methods that the profile asks for: none, one, or each that can act on the model.
 
         Raises:
@@ -149,7 +162,7 @@ class Bench:
         wanted, config = self.profile.prune.tokens.schedule, self.dense.config
         if wanted is None:
             return None
-        method = self.token_methods()[0].name
+        method = self.candidates()[0].name
         try:
             return counts(method, wanted, len(config.blocks), config.patches, config.prefix)
         except InputError as error:

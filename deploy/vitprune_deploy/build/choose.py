@@ -14,7 +14,7 @@ import yaml
 from ..artifact import canonical_sha256, sha256_file
 from . import runtimes
 from .bench import RANKINGS, Bench, write_json
-from .contest import Contest, Entry, losses_file, screened, target
+from .contest import Contest, Entry, losses_file, target
 from .make import served_opset, served_sizes
 from .sizes import sizes
 
@@ -120,7 +120,6 @@ def survey_losses(bench: Bench, folder: Path) -> None:
     ]
     for table in (first, *others):
         write_json(folder / losses_file(table.token_method), table.to_dict())
-    write_json(folder / "methods.json", names or [None])
 
 
 def _nth(bench: Bench, number: int, of: int) -> Any:
@@ -146,8 +145,7 @@ def search(bench: Bench, folder: Path) -> None:
     from vitprune.model.vit import fingerprint
 
     methods: list[TokenMethod | None] = [*bench.token_methods()] or [None]
-    entries = screened([Entry(bench, method) for method in methods])
-    contest = [entry.search() for entry in entries]
+    contest = [Entry(bench, method).search() for method in methods]
     best = min(contest, key=lambda one: one.held_out_loss)
     landed = _land(bench, best, folder)
     method, counts = best.method.name if best.method else None, landed.chosen.point.counts

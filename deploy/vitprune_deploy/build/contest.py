@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from vitprune.search.losses import Evaluator, Rankings
     from vitprune.search.problem import Problem
 
-SEARCHED_METHODS = 2  # token methods that are searched at length; of the others, one plan is evaluated
-
 
 @dataclass(frozen=True)
 class Contest:
@@ -66,14 +64,6 @@ class Entry:
         self.effort = Effort(max(1, wanted.evaluations), wanted.max_seconds, seed=bench.profile.seed)
         self.budget_ms = target(bench).budget_ms(_dense_ms(bench, table.predict_ms(self.problem.dense(), method)))
 
-    def first_loss(self) -> float:
-        """True loss of the plan that the sums favour; infinite where none is predicted to meet the budget."""
-        try:
-            first = self.problem.solve([self.budget_ms]).best(self.budget_ms)
-        except BudgetUnreachable:
-            return math.inf
-        return self._evaluator(self._probes())([first.counts])[0]  # not kept: it holds the tokens of all images
-
     def search(self) -> Contest:
         """The search on predicted times."""
         from vitprune.search.correct import refine
@@ -103,17 +93,6 @@ class Entry:
 
         name = self.method.name if self.method else None
         return Evaluator(self.bench.dense, self.rankings, images, token_method=name)
-
-
-def screened(entries: list[Entry]) -> list[Entry]:
-    """The few entries that are searched at length: those whose first plans lose least."""
-    if len(entries) <= SEARCHED_METHODS:
-        return entries
-    losses = {entry.name: entry.first_loss() for entry in entries}
-    kept = sorted(entries, key=lambda entry: losses[entry.name])[:SEARCHED_METHODS]
-    shown = ", ".join(f"{name} {loss:.4f}" for name, loss in sorted(losses.items(), key=lambda item: item[1]))
-    kept[0].bench.shows.say(f"first plans lose: {shown}; {' and '.join(one.name for one in kept)} are searched further")
-    return kept
 
 
 def _dense_ms(bench: Bench, predicted_ms: float) -> float:

@@ -15,8 +15,8 @@ import vitprune
 from ..console import Console
 from ..profile import Profile
 from ..stages import Stages
-from . import choose, judge, make, prepare
-from .bench import Bench
+from . import choose, judge, make, prepare, screen
+from .bench import METHODS, RANKINGS, Bench
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +50,14 @@ STAGES = (
         prepare.model_settings, ("torch", "timm"), prepare.prepare_model,
     ),
     Stage("images", ("model",), ("images.json",), prepare.images_settings, (), prepare.prepare_images),
-    Stage("measure", ("model",), ("latency_table.json",), choose.table_settings, ("torch",), choose.measure),
+    Stage("methods", ("model", "images"), (METHODS,), screen.screen_settings, ("torch",), screen.screen),
+    Stage("measure", ("model", "methods"), ("latency_table.json",), choose.table_settings, ("torch",), choose.measure),
     Stage(
-        "losses", ("model", "images"), ("methods.json",), choose.loss_settings, ("torch",), choose.survey_losses,
+        "losses", ("model", "images", "methods"), (f"{RANKINGS}/rankings.json",), choose.loss_settings, ("torch",),
+        choose.survey_losses,
     ),
     Stage(
-        "search", ("model", "images", "measure", "losses"), ("plan.yaml", "frontier.json", "search.json"),
+        "search", ("model", "images", "methods", "measure", "losses"), ("plan.yaml", "frontier.json", "search.json"),
         choose.search_settings, ("torch",), choose.search,
     ),
     Stage(

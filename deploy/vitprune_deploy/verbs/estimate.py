@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ..build.choose import LANDING_SHARE
-from ..build.contest import SEARCHED_METHODS
+from ..build.screen import SEARCHED_METHODS
 from ..build.sizes import sizes
 
 if TYPE_CHECKING:
@@ -72,9 +72,9 @@ def _measure(bench: Bench, batch_s: float, blocks: int) -> float:
 
 def _losses(bench: Bench, image_s: float, blocks: int) -> float:
     """Each level of each half of each block is one pass of the probes through the blocks behind it."""
-    allowed, methods = sizes(bench), bench.token_methods()
+    allowed, methods = sizes(bench), min(SEARCHED_METHODS, len(bench.token_methods()))
     halves = len(allowed.heads) + len(allowed.mlp)
-    passes = blocks * (halves + len(allowed.patches) * len(methods))
+    passes = blocks * (halves + len(allowed.patches) * methods)
     probes = bench.profile.search.probe_images
     return image_s * (HALF * passes * probes + 2 * TRAINING * (bench.profile.data.calibration.images or 0))
 

@@ -28,6 +28,7 @@ TRAIN, TEST = ("train", "training"), ("test", "val", "valid", "validation")
 TIMM_CLASSES = 1000
 LARGEST_DROP = 1.0  # points of top-1
 LEAST_AGREEMENT = 97.0  # percent, where images carry no classes
+DEFAULT_NAME = "profile"  # of the file; any other names the profile, and so the output folder
 SHAPES = {"tiny": 192, "small": 384, "base": 768, "large": 1024, "huge": 1280}  # width of timm's vit_NAME
 
 
@@ -45,8 +46,9 @@ def init(
     given = _model(model, architecture, output)
     converted = _convert(given)
     images, labelled = _images(data, output)
+    named = output.stem if output.stem != DEFAULT_NAME else Path(model).stem if "checkpoint" in given else given["name"]
     values = {
-        "name": re.sub(r"[^A-Za-z0-9._-]", "-", Path(model).stem if "checkpoint" in given else given["name"])[:100],
+        "name": re.sub(r"[^A-Za-z0-9._-]", "-", named)[:100],
         "model": given,
         "data": images,
         **_device(speedup),

@@ -1,0 +1,68 @@
+"""Of many token methods, the few that are worth a search: one schedule of each is tried before anything is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .bench import METHODS, Bench, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitprune.model.vit import Vit
+
+SEARCHED_METHODS = 2
+SHARE = 0.7  # of the patches that enter each of three blocks stays: the schedule that EViT and DynamicViT are known by
+IMAGES = 256
+
+
+def screen_settings(bench: Bench) -> dict[str, Any]:
+    """What the stage ``methods`` depends on besides the model and the images."""
+    return {
+        "methods": [method.name for method in bench.candidates()],
+        "holdout": bench.profile.search.holdout_images,
+    }
+
+
+def screen(bench: Bench, folder: Path) -> None:
+    """Choose the token methods that are searched: all, or those that lose least at the same counts."""
+    names, losses = [method.name for method in bench.candidates()], {}
+    if len(names) > SEARCHED_METHODS:
+        losses = one_schedule(bench.dense, names, bench.search_images[:IMAGES])
+        kept = sorted(names, key=lambda name: losses[name])[:SEARCHED_METHODS]
+        shown = ", ".join(f"{name} {losses[name]:.4f}" for name in sorted(names, key=lambda name: losses[name]))
+        bench.shows.say(f"loss at the same token counts: {shown}; {' and '.join(kept)} are searched")
+        names = [name for name in names if name in kept]
+    write_json(folder / METHODS, {"searched": names, "losses": losses})
+
+
+def one_schedule(dense: Vit, names: list[str], images: Tensor) -> dict[str, float]:
+    """Mean loss of ``dense`` on ``images`` with each token method by itself, all at about the same counts."""
+    import torch
+
+    from vitprune.search.probes import distance
+    from vitprune.statistics import batches
+    from vitprune.surgery import reduce_tokens
+
+    models = {name: reduce_tokens(dense, name, _counts(dense, name)) for name in names}
+    sums = dict.fromkeys(names, 0.0)
+    with torch.no_grad():
+        for batch in batches(dense, images):
+            wanted = dense(batch)
+            for name, model in models.items():
+                sums[name] += float(distance(dense)(wanted, model(batch)).sum())
+    return {name: total / len(images) for name, total in sums.items()}
+
+
+def _counts(dense: Vit, name: str) -> dict[int, int]:
+    """Patch tokens that leave three blocks; where a method cannot leave so few, the fewest."""
+    from vitprune import parts
+    from vitprune.tokens.base import Reducer, thrice
+
+    kind = parts.load("vitprune.tokens", name, Reducer)  # type: ignore[type-abstract]
+    patches, counts = dense.config.patches, {}
+    for block in sorted(thrice(len(dense.config.blocks))):
+        patches = max(kind.fewest(patches, dense.config.prefix), round(SHARE * patches))
+        counts[block] = patches
+    return counts
