@@ -149,7 +149,8 @@ class Runtime(Section):
     precision: Precision = Field(default="fp32", description="number format of weights and activations")
     options: dict[str, str | bool | int | float] = Field(
         default={},
-        description="for the provider; cpu_nodes: true lets a GPU leave nodes to the CPU; TensorRT takes workspace_mb",
+        description="for the provider, as CUDA's use_tf32: 0; cpu_nodes: true lets a GPU leave nodes to the CPU; "
+        "TensorRT takes workspace_mb",
     )
     compute_capabilities: tuple[ComputeCapability, ...] = Field(
         default=(),
@@ -237,7 +238,7 @@ class Tokens(Section):
 
     method: TokenMethod | tuple[OneTokenMethod, ...] = Field(
         default="auto",
-        description="one, or a list to try; auto tries each that fits the model; none keeps all tokens",
+        description="one, or a list; auto: all; of many, the two that lose least are searched; none keeps all tokens",
     )
     schedule: str | dict[Annotated[int, Field(ge=0, le=1000)], Count] | None = Field(
         default=None,
