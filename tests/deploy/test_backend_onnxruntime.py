@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from importlib import metadata
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -136,3 +138,25 @@ def test_a_closed_model_may_be_closed_again(path):
     model = OnnxRuntime.load(path)
     model.close()
     model.close()
+
+
+def test_a_node_that_the_cpu_runs_in_place_of_a_gpu_is_refused_by_name(path):
+    ort = backend._import()
+    if not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"):
+        pytest.skip("this onnxruntime does not tell; it refuses such a session itself")
+    options = backend._session_options(1, {}, "CUDAExecutionProvider", strict=True)
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    with pytest.raises(NotSupported, match="CUDAExecutionProvider does not take the node .* of type MatMul"):
+        backend._refuse_cpu_nodes(path, session, "CUDAExecutionProvider")
+
+
+@pytest.mark.parametrize(("on_cpu", "refused"), [(["Shape", "Gather", "Concat", "Range"], False), (["TopK"], True)])
+def test_arithmetic_on_sizes_may_run_on_the_cpu(path, on_cpu, refused):
+    def part(name, types):
+        nodes = [SimpleNamespace(name=f"a {kind}", op_type=kind) for kind in types]
+        return SimpleNamespace(ep_name=name, get_nodes=lambda: nodes)
+
+    parts_ = [part("CUDAExecutionProvider", ["TopK", "MatMul"]), part("CPUExecutionProvider", on_cpu)]
+    session = SimpleNamespace(get_provider_graph_assignment_info=lambda: parts_)
+    with pytest.raises(NotSupported, match="a TopK") if refused else nullcontext():
+        backend._refuse_cpu_nodes(path, session, "CUDAExecutionProvider")

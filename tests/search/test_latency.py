@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from synthetic import (
 
 from vitprune.errors import InputError
 from vitprune.search.counts import Counts
-from vitprune.search.fit import fit_nonnegative
+from vitprune.search.fit import fit_nonnegative, level_factors
 from vitprune.search.latency import LatencyTable, Levels, Pieces, Timed
 
 
@@ -275,3 +276,34 @@ def test_the_study_table_is_what_the_other_tests_think_it_is():
     assert table().attn_ms(196, 6) == ATTN_MS[0][0]
     assert table().mlp_ms(67, MLP[-1]) == 0.285
     assert all(entry.measured for entry in table().attn.values())
+
+
+def test_what_a_form_misses_is_ascribed_to_the_levels_of_both_kinds():
+    keys = [(n, w) for n in (196, 100, 50) for w in (6, 4, 2, 1)]
+    of_tokens, of_widths = {196: 1.0, 100: 1.2, 50: 0.9}, {6: 1.0, 4: 1.0, 2: 1.1, 1: 1.0}
+    whole = {key: of_tokens[key[0]] * of_widths[key[1]] for key in keys}
+    found = dict(zip(keys, level_factors(keys, whole), strict=True))
+    assert all(found[key] == pytest.approx(factor, rel=0.03) for key, factor in whole.items())
+    some = {key: whole[key] for key in keys if key[0] == 196 or key[1] == 4}  # one row and one column
+    found = dict(zip(keys, level_factors(keys, some), strict=True))
+    assert found[100, 1] > 1.1  # measured at neither: its token count is known from another width
+    assert found[50, 6] < 0.95
+
+
+def test_levels_of_which_nothing_is_known_keep_the_form():
+    keys = [(2, 1), (1, 1), (2, 3), (1, 3)]
+    assert level_factors(keys, {(2, 1): 1.0}) == pytest.approx(np.ones(4))
+    assert level_factors(keys, {(2, 1): 1.21})[3] == pytest.approx(1.0)
+
+
+def test_a_grid_with_a_step_in_the_tokens_is_filled_with_the_step():
+    tokens, heads = (196, 150, 100, 50), (6, 4, 2)
+    slow = {196: 1.0, 150: 1.2, 100: 1.0, 50: 1.0}
+    times = {(n, h): slow[n] * (0.05 + 1e-3 * n * h + 1e-6 * n * n * h) for n in tokens for h in heads}
+    grid = replace(levels(), tokens=tokens, heads=heads)
+    known = {key: ms for key, ms in times.items() if key[0] != 150 or key[1] == 4}
+    more = {"mlp": {(n, m): 1.0 + n * m for n in tokens for m in MLP}, "head": {n: 1.0 for n in tokens}}
+    table = LatencyTable.fill(CIRCUMSTANCES, grid, replace(pieces(attn=known, attn_sized={}, reduce={}), **more))
+    for h in (6, 2):
+        assert table.attn_ms(150, h) == pytest.approx(times[150, h], rel=0.06)
+        assert not table.attn[150, h].measured
