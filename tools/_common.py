@@ -104,16 +104,10 @@ def timed(paths: Mapping[str, Path], profile: Profile, seed: int, seconds: float
 
 
 def right(bench: Bench, path: Path) -> np.ndarray:
-    """Which of the test images the engine gets right, bool [N]."""
-    answers, labels = answered(bench, path)
-    return answers == labels
-
-
-def answered(bench: Bench, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The engine's classes of the test images, [N], through the runtime that services import, and the true ones."""
+    """Which of the test images the engine gets right, bool [N], through the runtime that services import."""
     with judge.open_engine(bench, path) as model:
         found = run_models({"it": model}, bench.images.test, batch=bench.profile.batch, threads=2)
-    return found.logits["it"].argmax(axis=1), found.labels
+    return found.logits["it"].argmax(axis=1) == found.labels
 
 
 def noise(times: Sequence[Measurement]) -> str:
