@@ -146,7 +146,7 @@ def test_a_node_that_the_cpu_runs_in_place_of_a_gpu_is_refused_by_name(path):
         pytest.skip("this onnxruntime does not tell; it refuses such a session itself")
     options = backend._session_options(1, {}, "CUDAExecutionProvider", strict=True)
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    with pytest.raises(NotSupported, match="CUDAExecutionProvider does not take the node .* of type MatMul"):
+    with pytest.raises(NotSupported, match=r"CUDAExecutionProvider does not take the node .* of type MatMul"):
         backend._refuse_cpu_nodes(path, session, "CUDAExecutionProvider")
 
 

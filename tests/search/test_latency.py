@@ -302,7 +302,7 @@ def test_a_grid_with_a_step_in_the_tokens_is_filled_with_the_step():
     times = {(n, h): slow[n] * (0.05 + 1e-3 * n * h + 1e-6 * n * n * h) for n in tokens for h in heads}
     grid = replace(levels(), tokens=tokens, heads=heads)
     known = {key: ms for key, ms in times.items() if key[0] != 150 or key[1] == 4}
-    more = {"mlp": {(n, m): 1.0 + n * m for n in tokens for m in MLP}, "head": {n: 1.0 for n in tokens}}
+    more = {"mlp": {(n, m): 1.0 + n * m for n in tokens for m in MLP}, "head": dict.fromkeys(tokens, 1.0)}
     table = LatencyTable.fill(CIRCUMSTANCES, grid, replace(pieces(attn=known, attn_sized={}, reduce={}), **more))
     for h in (6, 2):
         assert table.attn_ms(150, h) == pytest.approx(times[150, h], rel=0.06)
