@@ -177,14 +177,24 @@ def load(path: Path | str, *, runtime: str | None = None, threads: int | None = 
     for needed in [n for n in manifest.files if n.startswith(name)] or [name]:  # with the weights beside it
         if verify:
             manifest.file(folder, needed)
-    preprocess = (manifest.model_extra or {}).get("preprocess")
-    if not isinstance(preprocess, dict):
-        raise DamagedFile(f"{folder / MANIFEST} does not say how images are preprocessed; run the build again")
+    preprocess = preprocess_of(manifest, folder)
     # TensorRT-RTX is TensorRT under another package name, and one file serves both
     kind = parts.load("vitprune_deploy.backends", engine.runtime.removesuffix("-rtx"), Backend)  # type: ignore[type-abstract]
     backend = kind.load(folder / name, threads=threads, options=extra.get("options"))
     classes = (manifest.model_extra or {}).get("classes")
-    return Model(backend, Preprocess.from_dict(preprocess), classes, extra.get("max_batch"), extra.get("min_batch", 1))
+    return Model(backend, preprocess, classes, extra.get("max_batch"), extra.get("min_batch", 1))
+
+
+def preprocess_of(manifest: Manifest, folder: Path) -> Preprocess:
+    """How the model in ``folder`` wants its images.
+
+    Raises:
+        DamagedFile: the manifest does not say.
+    """
+    found = (manifest.model_extra or {}).get("preprocess")
+    if not isinstance(found, dict):
+        raise DamagedFile(f"{folder / MANIFEST} does not say how images are preprocessed; run the build again")
+    return Preprocess.from_dict(found)
 
 
 def _engine(manifest: Manifest, folder: Path, runtime: str | None) -> EngineEntry:

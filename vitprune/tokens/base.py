@@ -65,6 +65,19 @@ class Reducer(nn.Module, ABC):
         """
 
 
+def stepwise(leaves: Callable[[int, int, int], int]) -> Schedule:
+    """The schedule of a rule for one block: (block, blocks, patch tokens that enter) -> those that leave."""
+
+    def counts(depth: int, patches: int) -> list[int]:
+        left = []
+        for block in range(depth):
+            patches = leaves(block, depth, patches)
+            left.append(patches)
+        return left
+
+    return counts
+
+
 def thrice(depth: int) -> set[int]:
     """The blocks of a model of ``depth`` in which several methods act: the fourth, seventh and tenth of twelve."""
     return {depth * quarter // 4 for quarter in (1, 2, 3)}

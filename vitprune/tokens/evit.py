@@ -17,21 +17,12 @@ import torch
 from torch import Tensor
 
 from ..model.state import AttentionView, TokenState, wide
-from .base import Reducer, Schedule, gather_tokens, leaves_all, thrice
+from .base import Reducer, Schedule, gather_tokens, leaves_all, stepwise, thrice
 
 
 def _keeping(rate: float) -> Schedule:
     """Three blocks keep ``rate`` of what enters them, rounded up, and fuse the rest into one more."""
-
-    def counts(depth: int, patches: int) -> list[int]:
-        left = []
-        for block in range(depth):
-            if block in thrice(depth):
-                patches = min(patches, math.ceil(rate * patches) + 1)
-            left.append(patches)
-        return left
-
-    return counts
+    return stepwise(lambda block, depth, n: min(n, math.ceil(rate * n) + 1) if block in thrice(depth) else n)
 
 
 class EViT(Reducer):

@@ -16,21 +16,12 @@ import torch
 from torch import Tensor
 
 from ..model.state import AttentionView, TokenState
-from .base import Reducer, Schedule, gather_tokens, leaves_all, thrice
+from .base import Reducer, Schedule, gather_tokens, leaves_all, stepwise, thrice
 
 
 def _keeping(rate: float) -> Schedule:
     """Three blocks keep ``rate`` of what enters them, rounded up."""
-
-    def counts(depth: int, patches: int) -> list[int]:
-        left = []
-        for block in range(depth):
-            if block in thrice(depth):
-                patches = math.ceil(rate * patches)
-            left.append(patches)
-        return left
-
-    return counts
+    return stepwise(lambda block, depth, n: math.ceil(rate * n) if block in thrice(depth) else n)
 
 
 class EViTDrop(Reducer):

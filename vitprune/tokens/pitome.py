@@ -18,20 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..model.state import AttentionView, TokenState, wide
-from .base import Reducer, Schedule, gather_tokens, leaves_all
+from .base import Reducer, Schedule, gather_tokens, leaves_all, stepwise
 
 
 def _keeping(rate: float) -> Schedule:
     """Every block keeps ``rate`` of what enters it, rounded up."""
-
-    def counts(depth: int, patches: int) -> list[int]:
-        left = []
-        for _ in range(depth):
-            patches -= math.floor(patches - patches * rate)
-            left.append(patches)
-        return left
-
-    return counts
+    return stepwise(lambda block, depth, n: n - math.floor(n - n * rate))
 
 
 class PiToMe(Reducer):

@@ -17,21 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..model.state import AttentionView, TokenState, wide
-from .base import Reducer, Schedule, gather_tokens, leaves_all
+from .base import Reducer, Schedule, gather_tokens, leaves_all, stepwise
 
 
 def _merging(first: int, last: int) -> Schedule:
     """Merges of the first and of the last block, as many as there can be; in between they change evenly."""
-
-    def counts(depth: int, patches: int) -> list[int]:
-        left = []
-        for block in range(depth):
-            merges = int(first + (last - first) * block / max(1, depth - 1))
-            patches -= min(merges, patches // 2)
-            left.append(patches)
-        return left
-
-    return counts
+    return stepwise(lambda block, depth, n: n - min(int(first + (last - first) * block / max(1, depth - 1)), n // 2))
 
 
 class ToMe(Reducer):

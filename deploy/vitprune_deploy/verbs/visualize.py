@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vitprune.errors import DamagedFile, InputError
+from vitprune.errors import InputError
 
-from ..artifact import MANIFEST, Manifest, atomic_path
-from ..data.preprocess import Preprocess
+from ..artifact import Manifest, atomic_path
+from ..runtime import preprocess_of
 from .answer import Answer
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def visualize(folder: Path, images: Sequence[Path], output: Path | None) -> Answ
     manifest = Manifest.load(folder)
     for name in NEEDED:
         manifest.file(folder, name)
-    preprocess = _preprocess(manifest, folder)
+    preprocess = preprocess_of(manifest, folder)
     pixels = np.stack([preprocess(_open(path)) for path in images])
     drawn = strips(load_vit(folder, "model"), torch.from_numpy(pixels), mean=preprocess.mean, std=preprocess.std)
     written: list[Path] = []
@@ -51,13 +51,6 @@ def visualize(folder: Path, images: Sequence[Path], output: Path | None) -> Answ
     if not written:
         raise InputError(f"{folder}: the model reduces no tokens, so all of them survive")
     return Answer("\n".join(map(str, written)), [str(file) for file in written])
-
-
-def _preprocess(manifest: Manifest, folder: Path) -> Preprocess:
-    found = (manifest.model_extra or {}).get("preprocess")
-    if not isinstance(found, dict):
-        raise DamagedFile(f"{folder / MANIFEST} does not say how images are preprocessed; run the build again")
-    return Preprocess.from_dict(found)
 
 
 def _open(path: Path) -> Image.Image:
