@@ -13,6 +13,7 @@ from tiny import images, tiny_vit
 from vitprune.search.counts import Counts
 from vitprune.search.frontier import Point
 from vitprune.search.latency import Circumstances, LatencyTable, Levels, Pieces
+from vitprune_deploy.build.judge import reasons
 from vitprune_deploy.report import charts, figures, words
 from vitprune_deploy.report.facts import Facts, Frame, ModelFacts, Picture, Whole
 from vitprune_deploy.report.page import render
@@ -350,3 +351,10 @@ def test_pictures_show_each_block_that_reduces_and_stay_within_their_size():
 def test_pictures_of_grey_images_are_grey():
     model = tiny_vit(depth=1, channels=1, keep={0: 25}, reducer="tome")
     assert len(pictures(model, images(1, channels=1), mean=(0.3,), std=(0.3,), names=["a"])[0].frames) == 2
+
+
+@pytest.mark.parametrize(("verdict", "shown"), [("pass", ()), ("fail", ("late", "over 5 ms"))])
+def test_what_the_search_missed_is_no_reason_where_the_engine_passes(verdict, shown):
+    """A slow minute during landing leaves status ``over`` behind, and the final measurement may yet pass."""
+    found = {"verdict": {"verdict": verdict, "reasons": ["late"] if verdict == "fail" else []}}
+    assert reasons(found, {"status": "over", "reason": "over 5 ms"}) == shown

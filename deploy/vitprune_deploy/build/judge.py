@@ -196,7 +196,7 @@ def make_manifest(bench: Bench) -> Manifest:
     parity = found["parity"] or exported["parity"][profile.runtime.precision]
     plain = {
         "verdict": found["verdict"]["verdict"],
-        "reasons": _reasons(found, searched),
+        "reasons": reasons(found, searched),
         "device": runtimes.device(profile),
         "versions": package_versions(),
         "dense": _figures(bench, found, "dense"),
@@ -234,12 +234,11 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def _reasons(found: Mapping[str, Any], searched: Mapping[str, Any]) -> tuple[str, ...]:
-    """Why the verdict is what it is; and what the search says where no plan met the budget."""
-    reasons = list(found["verdict"]["reasons"])
-    if searched["status"] in ("over", "unreachable"):
-        reasons.append(searched["reason"])
-    return tuple(reasons)
+def reasons(found: Mapping[str, Any], searched: Mapping[str, Any]) -> tuple[str, ...]:
+    """Why the verdict is what it is; with what the search says, where no plan met the budget in it nor at last."""
+    verdict, why = found["verdict"]["verdict"], tuple(found["verdict"]["reasons"])
+    missed = verdict != "pass" and searched["status"] in ("over", "unreachable")
+    return (*why, searched["reason"]) if missed else why
 
 
 def _figures(bench: Bench, found: Mapping[str, Any], name: str) -> dict[str, Any]:
