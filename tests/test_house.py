@@ -17,9 +17,9 @@ SOURCES = [p for top in ("vitprune", "deploy/vitprune_deploy") for p in (ROOT / 
 FLOORS = [
     ["vitprune.errors", "vitprune.parts", "vitprune.plan", "vitprune"],
     ["vitprune.model"],
-    ["vitprune.macs", "vitprune.statistics"],
+    ["vitprune.statistics"],
     ["vitprune.tokens", "vitprune.criteria", "vitprune.structure", "vitprune.weights"],
-    ["vitprune.schedules", "vitprune.surgery"],
+    ["vitprune.macs", "vitprune.objectives", "vitprune.official", "vitprune.schedules", "vitprune.surgery"],
     ["vitprune.recover"],
     ["vitprune.search"],
     ["vitprune_deploy", "vitprune_deploy.profile", "vitprune_deploy.artifact", "vitprune_deploy.data"],

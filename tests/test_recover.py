@@ -14,8 +14,9 @@ from tiny import images, randomise, tiny_config, tiny_vit
 
 from vitprune.errors import InputError
 from vitprune.model.vit import fingerprint
+from vitprune.objectives import Distillation
 from vitprune.plan import BlockPlan, Plan
-from vitprune.recover import RecoverSettings, _outputs, learning_rate_share, recover
+from vitprune.recover import Batch, RecoverSettings, learning_rate_share, recover
 from vitprune.surgery import build, prune
 
 
@@ -33,13 +34,13 @@ def student(teacher):
 def batches(epoch):
     generator = torch.Generator().manual_seed(epoch)
     for _ in range(4):
-        yield torch.randn(8, 3, 28, 28, generator=generator), None
+        yield Batch(torch.randn(8, 3, 28, 28, generator=generator))
 
 
 def the_same_again(epoch):
     """Batches of 8 out of 20 images; half of the last batch came in the first one."""
     for numbers in torch.arange(24).remainder(20).split(8):
-        yield images(20)[numbers], numbers
+        yield Batch(images(20)[numbers], numbers)
 
 
 def test_the_held_out_loss_falls(student, teacher):
@@ -116,10 +117,11 @@ def test_without_prefix_the_mean_over_patches_counts_merged_ones_as_often_as_the
     teacher = tiny_vit(depth=1, class_token=False, pool="avg")
     student = build(tiny_config(depth=1, class_token=False, pool="avg", reducer="tome", keep={0: 30}))
     state = student.blocks[0](student.embed(images(1)))
-    tokens = _outputs(student, images(1), with_patches=False)[1]
+    objective = Distillation(student.config, 4.0)
+    tokens = objective.outputs(student, images(1)).tokens
     mean = (state.x * state.size).sum(1, keepdim=True) / 49
     torch.testing.assert_close(tokens, torch.nn.functional.layer_norm(mean, (32,)))
-    assert _outputs(teacher, images(1), with_patches=False)[1].shape == tokens.shape
+    assert objective.outputs(teacher, images(1)).tokens.shape == tokens.shape
 
 
 def test_a_model_without_classifier_learns_its_tokens():
@@ -143,7 +145,7 @@ def test_the_teacher_is_asked_once_about_images_that_come_again(monkeypatch, stu
     settings, counts = RecoverSettings(steps=6, lr=1e-3, checks=1), []
     twin = build(student.config, student.state_dict())
     anew = recover(
-        twin, teacher, lambda epoch: ((some, None) for some, _ in the_same_again(epoch)), images(4), settings
+        twin, teacher, lambda epoch: (Batch(one.images) for one in the_same_again(epoch)), images(4), settings
     )
     teacher.patch_embed.register_forward_hook(lambda _, given, out: counts.append(len(given[0])))
     found = recover(student, teacher, the_same_again, images(4), settings)
@@ -192,13 +194,13 @@ import torch
 from pathlib import Path
 from tiny import images, tiny_config, tiny_vit
 from vitprune.model.vit import fingerprint
-from vitprune.recover import RecoverSettings, recover
+from vitprune.recover import Batch, RecoverSettings, recover
 from vitprune.surgery import build
 
 teacher = tiny_vit()
 student = build(tiny_config(reducer="evit", keep={0: 26, 1: 14}), teacher.state_dict())
 drawn = lambda epoch: torch.randn(16, 4, 3, 28, 28, generator=torch.Generator().manual_seed(epoch))
-batches = lambda epoch: ((some, None) for some in drawn(epoch))
+batches = lambda epoch: (Batch(some) for some in drawn(epoch))
 settings = RecoverSettings(steps=10_000, seconds=3.0, lr=1e-3, checks=1000)
 found = recover(student, teacher, batches, images(8), settings, checkpoint=Path("state.pt"))
 said = f"{len(found.checks)} {min(found.checks, key=lambda check: check.loss).step} {fingerprint(found.model)}"

@@ -232,7 +232,7 @@ def test_norms_across_what_is_pruned_are_refused(norm, kept):
 
 
 def test_a_method_that_needs_the_class_token_says_so():
-    with pytest.raises(NotSupported, match="no class token; use pitome or tome"):
+    with pytest.raises(NotSupported, match="no class token; use cait or pitome or tome"):
         build(tiny_config(class_token=False, pool="avg", reducer="evit", keep={0: 30}))
 
 

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import torch
+
+from . import parts
 from .model.config import BlockConfig, VitConfig
+from .tokens.base import Place, Reducer
 
 
 def macs(config: VitConfig) -> int:
     """Multiply-accumulates of all matrix products for one image of ``config.image_size``.
 
     What papers call FLOPs of a Vision Transformer. Norms, activations and the scoring of tokens are left out: below
-    1% of DeiT. Tokens are reduced between attention and MLP.
+    1% of DeiT; the weights of a token method count.
     """
     tokens = config.prefix + config.patches
     total = config.patches * config.dim * config.channels * config.patch_size[0] * config.patch_size[1]
-    for block in config.blocks:
+    reducers = _reducers(config)
+    for number, block in enumerate(config.blocks):
         left = tokens if block.patches is None else config.prefix + block.patches
-        total += _attention_macs(config, block, tokens, left if block.patches == 0 else tokens)
-        in_mlp = tokens if config.residual == "parallel" and block.patches != 0 else left
+        read, asking = tokens, left if block.patches == 0 else tokens
+        if number in reducers:
+            where = reducers[number].where
+            total += reducers[number].macs(tokens - config.prefix)
+            read, asking = left if where == "before" else tokens, tokens if where == "after" else left
+        total += _attention_macs(config, block, read, asking)
+        in_mlp = asking if config.residual == "parallel" else left
         total += in_mlp * config.dim * block.mlp * (3 if config.gated else 2)
         tokens = left
     if config.pool == "map":
@@ -26,20 +36,30 @@ def macs(config: VitConfig) -> int:
 
 
 def params(config: VitConfig) -> int:
-    """Parameters of the model, those of learned token methods apart."""
+    """Parameters of the model, those of its token method included."""
     dim, norm = config.dim, _norm(config, config.dim)
     total = dim * config.channels * config.patch_size[0] * config.patch_size[1] + dim * config.embed_bias
     total += dim * (config.prefix + config.patches * config.pos_embed)
     total += norm * (config.embed_norm + config.pre_norm + (config.final_norm != "none"))
     total += sum(_block_params(config, block) for block in config.blocks)
+    total += sum(p.numel() for reducer in _reducers(config).values() for p in reducer.parameters())
     if config.pool == "map":
         total += dim + _linear(dim, 2 * dim) + _linear(dim, dim) + norm
         total += _linear(dim, config.pool_mlp) + _linear(config.pool_mlp, dim)
     return total + (_heads(config) * _linear(dim, config.classes) if config.classes else 0)
 
 
+def _reducers(config: VitConfig) -> dict[int, Reducer]:
+    """The token method of each block that reduces, without memory for its weights."""
+    if config.reducer is None:
+        return {}
+    kind = parts.load("vitprune.tokens", config.reducer, Reducer)  # type: ignore[type-abstract]
+    with torch.device("meta"):
+        return {n: kind(Place.of(config, n)) for n, block in enumerate(config.blocks) if block.patches}
+
+
 def _attention_macs(config: VitConfig, block: BlockConfig, tokens: int, queries: int) -> int:
-    """Attention in which the first ``queries`` of ``tokens`` ask, and all are read."""
+    """Attention in which ``queries`` of ``tokens`` ask, and all are read."""
     both = block.heads * (block.qk_dim + block.v_dim)
     return (queries + tokens) * config.dim * both + queries * tokens * both
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,34 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import InputError
-from .model.state import TokenState
 from .model.vit import Vit, fingerprint
+from .objectives import Distillation, Objective, Outputs, Published, divergence
+from .surgery import METHOD_WEIGHT
+from .tokens.base import Recipe, Reducer
 
-# epoch -> batches of normalised images [B, C, H, W], the same each time; and which they are, [B], where each image
-# comes again as it was, so that the teacher need not be asked about it again, or None
-Batches = Callable[[int], Iterable[tuple[Tensor, Tensor | None]]]
+
+class Batch(NamedTuple):
+    """Images to train on.
+
+    Attributes:
+        images: normalised, [B, C, H, W].
+        numbers: which they are, [B], where each image comes again as it was, so that the teacher need not be asked
+            about it again; else None.
+        labels: their classes, [B], where they are known.
+    """
+
+    images: Tensor
+    numbers: Tensor | None = None
+    labels: Tensor | None = None
+
+
+Batches = Callable[[int], Iterable[Batch]]  # epoch -> batches, the same each time
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what to say
-Outputs = tuple[Tensor, Tensor]  # answers and tokens of a batch
 
 KEPT_BYTES = 512 * 2**20  # of the teacher's outputs
+# what the learning rate of a token method's own weights is to that of the model's, which have been trained before
+METHOD_LR = 10.0
+OURS = Recipe(warmup=0.1, last_lr=0.01, weight_decay=0.01)
 
 
 @dataclass(frozen=True)
@@ -46,6 +64,7 @@ class RecoverSettings:
             pruned Fashion-MNIST model after 120 steps at lr 5e-4: 0.065 with 0, 0.050 with 1; after 150 steps at
             2e-4: 0.034 with 1, 0.032 with 4 and with 12; 0.080 before.
         checks: how often, over the whole training, the held-out loss is looked at and a checkpoint written.
+        recipe: a token method's authors' way to train in place of ours; ``lr`` is then that of the method's weights.
     """
 
     steps: int = 300
@@ -54,6 +73,7 @@ class RecoverSettings:
     token_weight: float = 4.0
     checks: int = 10
     seed: int = 0
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.checks < 1 or not self.lr > 0 or self.token_weight < 0:
@@ -72,7 +92,8 @@ class Recovered(NamedTuple):
     """A trained model.
 
     Attributes:
-        model: the student with the least held-out loss of all checks, the untrained one included; in eval mode.
+        model: the student with the least held-out loss of all checks, the untrained one included; of a training by a
+            recipe, which does not aim at that loss, the last; in eval mode.
         checks: the held-out losses in order, the first before any step.
     """
 
@@ -108,8 +129,8 @@ def recover(
         run.check()
     student.train()
     checked = run.checks_due()
-    for images, numbers in run.left_of(batches):
-        run.train(images, numbers)
+    for batch in run.left_of(batches):
+        run.train(batch)
         if progress is not None:
             progress(run.step, settings.steps, f"held-out loss {run.checks[-1].loss:.4f}")
         if run.checks_due() > checked:
@@ -120,6 +141,7 @@ def recover(
     if run.checks[-1].step != run.step:
         run.check()
     student.load_state_dict(run.best)
+    student.requires_grad_()
     for model, device in homes:
         model.to(device)
     if checkpoint is not None and run.accelerator.is_main_process:
@@ -138,18 +160,18 @@ class _Run:
             cpu=not torch.accelerator.is_available(),  # unasked, processes on CPUs would each train on their own
             mixed_precision="bf16" if _has_bfloat16_units() else "no",
         )
-        self.settings, self.plain = settings, student
-        self.with_patches = all(block.patches is None for block in student.config.blocks)
-        self.teacher = _Teacher(teacher.to(self.accelerator.device), self.with_patches)
-        decayed = [p for p in student.parameters() if p.ndim >= 2]
-        others = [p for p in student.parameters() if p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=settings.lr)
-        self.student, self.optimizer = self.accelerator.prepare(_Pair(student, self.with_patches), optimizer)
+        self.settings, self.plain, self.recipe = settings, student, settings.recipe or OURS
+        self.objective: Objective = Distillation(student.config, settings.token_weight)
+        if settings.recipe:
+            self.objective = Published(student.config, settings.recipe)
+        self.judge = Distillation(student.config, settings.token_weight)
+        self.teacher = _Teacher(teacher.to(self.accelerator.device), self.objective)
+        optimizer = torch.optim.AdamW(_groups(student, self.recipe), lr=settings.lr)
+        self.student, self.optimizer = self.accelerator.prepare(_WithOutputs(student, self.objective), optimizer)
         self.of = f"{fingerprint(student)} {fingerprint(teacher)} {settings}"
         self.held_out = held_out
         with torch.no_grad():
-            self.wanted = [self.teacher.ask(some) for some in self._held_out()]
+            self.wanted = [self.judge.outputs(self.teacher.model, some) for some in self._held_out()]
         self.step, self.begun = 0, time.monotonic()
         self.checks: list[Check] = []
         self.best: dict[str, Tensor] = {}
@@ -168,25 +190,32 @@ class _Run:
         """Checks that belong to what is done of the training, by steps or by seconds."""
         return int(self._done() * self.settings.checks + 1e-9)
 
-    def left_of(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def left_of(self, batches: Batches) -> Iterator[Batch]:
         """The batches of the steps that are left, until steps or seconds run out."""
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        for images, numbers in islice(_endless(batches), self.step * processes + rank, None, processes):
+        for batch in islice(_endless(batches), self.step * processes + rank, None, processes):
             if self._done() >= 1.0:
                 return
-            yield images.to(self.accelerator.device), numbers
+            if self.objective.needs_labels and batch.labels is None:
+                raise InputError("recovery: the published recipe learns classes, and the training images carry none")
+            device = self.accelerator.device
+            labels = None if batch.labels is None else batch.labels.to(device)
+            yield batch._replace(images=batch.images.to(device), labels=labels)
 
-    def train(self, images: Tensor, numbers: Tensor | None) -> None:
+    def train(self, batch: Batch) -> None:
         """One optimiser step."""
+        done = self._done()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * learning_rate_share(self._done())
+            group["lr"] = self.settings.lr * self._lr_share(done, group["own"])
+        for module in self.plain.modules():
+            if isinstance(module, Reducer):
+                module.done = done
         # on a CPU the fused attention's backward pass takes twice as long as the plain one (torch 2.14)
-        plain_attention = [SDPBackend.MATH] if images.device.type == "cpu" else list(_FUSED_TOO)
+        plain_attention = [SDPBackend.MATH] if batch.images.device.type == "cpu" else list(_FUSED_TOO)
         with torch.no_grad(), self.accelerator.autocast():
-            wanted = self.teacher.ask(images, numbers)
+            wanted = self.teacher.ask(batch.images, batch.numbers)
         with sdpa_kernel(plain_attention), self.accelerator.autocast():
-            answers, tokens = self.student(images)
-            loss = self._loss(answers, tokens, *wanted)
+            loss = self.objective.loss(self.student(batch.images), wanted, batch.labels)
         if not torch.isfinite(loss):
             raise InputError(f"recovery: the loss is {loss.item()} after {self.step} steps; lower recover.lr")
         self.optimizer.zero_grad()
@@ -196,14 +225,14 @@ class _Run:
         self.step += 1
 
     def check(self) -> None:
-        """Look at the held-out loss, and keep the weights if they are the best so far."""
+        """Look at the held-out loss, and keep the weights if they are the best so far (see ``Recovered``)."""
         self.plain.eval()
         with torch.no_grad():
-            found = [_outputs(self.plain, some, self.with_patches) for some in self._held_out()]
+            found = [self.judge.outputs(self.plain, some) for some in self._held_out()]
         self.plain.train()
-        losses = [self._held_out_loss(*one, *wanted) for one, wanted in zip(found, self.wanted, strict=True)]
+        losses = [self._held_out_loss(one, wanted) for one, wanted in zip(found, self.wanted, strict=True)]
         loss = sum(losses) / len(self.held_out)
-        if not self.checks or loss < min(check.loss for check in self.checks):
+        if self.settings.recipe or not self.checks or loss < min(check.loss for check in self.checks):
             self.best = {name: value.detach().cpu().clone() for name, value in self.plain.state_dict().items()}
         self.checks.append(Check(self.step, self.seconds, loss))
 
@@ -243,17 +272,24 @@ class _Run:
         steps = self.step / self.settings.steps
         return max(steps, min(1.0, self.seconds / self.settings.seconds)) if self.settings.seconds else steps
 
-    def _loss(self, answers: Tensor, tokens: Tensor, wanted_answers: Tensor, wanted_tokens: Tensor) -> Tensor:
-        error = F.mse_loss(tokens.float(), wanted_tokens.float())
-        if not self.plain.config.classes:
-            return error
-        return _divergence(answers.float(), wanted_answers.float()).mean() + self.settings.token_weight * error
+    def _lr_share(self, done: float, own: bool) -> float:
+        """What the settings' learning rate is multiplied by, for the token method's ``own`` weights or the others.
 
-    def _held_out_loss(self, answers: Tensor, tokens: Tensor, wanted_answers: Tensor, wanted_tokens: Tensor) -> float:
+        Ours is that of the model's weights, a recipe's that of the method's.
+        """
+        recipe = self.recipe
+        share = learning_rate_share(done, recipe.warmup, recipe.last_lr)
+        if recipe is OURS:
+            return share * METHOD_LR if own else share
+        if own:
+            return share
+        return 0.0 if done < recipe.backbone_from else share * recipe.backbone_lr
+
+    def _held_out_loss(self, found: Outputs, wanted: Outputs) -> float:
         """Summed over the images."""
         if self.plain.config.classes:
-            return float(_divergence(answers, wanted_answers).sum())
-        return float(F.mse_loss(tokens, wanted_tokens)) * len(answers)
+            return float(divergence(found.answers, wanted.answers).sum())
+        return float(F.mse_loss(found.tokens, wanted.tokens)) * len(found.answers)
 
     def _held_out(self) -> Iterator[Tensor]:
         return (some.to(self.accelerator.device) for some in self.held_out.split(64))
@@ -262,66 +298,62 @@ class _Run:
 class _Teacher:
     """The teacher's outputs. Those for images that come again are kept, as far as ``KEPT_BYTES`` go."""
 
-    def __init__(self, model: Vit, with_patches: bool) -> None:
-        self.model, self.with_patches = model.eval(), with_patches
-        self.known: dict[int, Outputs] = {}
+    def __init__(self, model: Vit, objective: Objective) -> None:
+        self.model, self.objective = model.eval(), objective
+        self.known: dict[int, tuple[Tensor, Tensor]] = {}  # answers and tokens
         self.bytes_left = KEPT_BYTES
 
     def ask(self, images: Tensor, numbers: Tensor | None = None) -> Outputs:
         """What the teacher says of ``images`` [B, C, H, W], which are ``numbers`` [B]."""
         if numbers is None:
-            return _outputs(self.model, images, self.with_patches)
+            return self.objective.outputs(self.model, images)
         wanted = numbers.tolist()
         fresh = [place for place, number in enumerate(wanted) if number not in self.known]
         found = {number: self.known[number] for number in wanted if number in self.known}
         if fresh:
-            answers, tokens = _outputs(self.model, images[fresh], self.with_patches)
-            found |= {wanted[place]: (answers[i], tokens[i]) for i, place in enumerate(fresh)}
+            said = self.objective.outputs(self.model, images[fresh])
+            found |= {wanted[place]: (said.answers[i], said.tokens[i]) for i, place in enumerate(fresh)}
             self._keep({wanted[place]: found[wanted[place]] for place in fresh})
         rows = [found[number] for number in wanted]
-        return torch.stack([answers for answers, _ in rows]), torch.stack([tokens for _, tokens in rows])
+        return Outputs(torch.stack([answers for answers, _ in rows]), torch.stack([tokens for _, tokens in rows]))
 
-    def _keep(self, fresh: Mapping[int, Outputs]) -> None:
+    def _keep(self, fresh: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         needed = sum(part.nbytes for one in fresh.values() for part in one)
         if needed <= self.bytes_left:
             self.bytes_left -= needed
             self.known |= fresh
 
 
-class _Pair(nn.Module):
-    """A model that gives its tokens behind the last block as well, so that one forward pass serves every loss."""
+class _WithOutputs(nn.Module):
+    """A model that gives all that an objective reads, so that one forward pass serves every loss."""
 
-    def __init__(self, model: Vit, with_patches: bool) -> None:
+    def __init__(self, model: Vit, objective: Objective) -> None:
         super().__init__()
-        self.model, self.with_patches = model, with_patches
+        self.model, self._objective = model, objective
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return _outputs(self.model, images, self.with_patches)
-
-
-def _outputs(model: Vit, images: Tensor, with_patches: bool) -> Outputs:
-    """Answers [B, classes], and tokens [B, N, C] behind the last block that a model with fewer patches has as well.
-
-    These are all of them, or the prefix, or where there is none the mean. Each is normalised: single channels and
-    tokens of large models are hundreds of times the others, and would be all that is learned.
-    """
-    state: TokenState = model.embed(images)
-    for block in model.blocks:
-        state = block(state)
-    tokens = state.x
-    if not with_patches and state.prefix:
-        tokens = tokens[:, : state.prefix]
-    elif not with_patches:
-        size = torch.ones_like(tokens[..., :1]) if state.size is None else state.size
-        tokens = (tokens * size).sum(1, keepdim=True) / size.sum(1, keepdim=True)
-    return model.classify(state), F.layer_norm(tokens, tokens.shape[-1:])
+    def forward(self, images: Tensor) -> Outputs:
+        return self._objective.outputs(self.model, images)
 
 
-def learning_rate_share(done: float) -> float:
-    """Share of the peak learning rate after a share ``done`` of the training."""
-    if done < 0.1:
-        return 0.01 + 0.99 * done / 0.1
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
+def _groups(student: Vit, recipe: Recipe) -> list[dict[str, Any]]:
+    """The weights that learn, for an optimiser: the token method's ``own`` and others, matrices with decay."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name not in recipe.frozen)
+        if parameter.requires_grad:
+            kind = METHOD_WEIGHT.search(name) is not None, parameter.ndim >= 2
+            groups.setdefault(kind, []).append(parameter)
+    return [
+        {"params": parameters, "own": own, "weight_decay": recipe.weight_decay if matrices else 0.0}
+        for (own, matrices), parameters in groups.items()
+    ]
+
+
+def learning_rate_share(done: float, warmup: float = 0.1, last: float = 0.01) -> float:
+    """Share of the peak learning rate after a share ``done`` of the training: up in a line, then down as a cosine."""
+    if done < warmup:
+        return last + (1 - last) * done / warmup
+    return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
 _FUSED_TOO = (
@@ -332,12 +364,7 @@ _FUSED_TOO = (
 )
 
 
-def _divergence(answers: Tensor, wanted: Tensor) -> Tensor:
-    """KL(wanted || answers) in nats, one for each image."""
-    return F.kl_div(answers.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-
-
-def _endless(batches: Batches) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _endless(batches: Batches) -> Iterator[Batch]:
     for epoch in count():
         empty = True
         for batch in batches(epoch):

@@ -36,11 +36,12 @@ def counts(method: str, wanted: Wanted, depth: int, patches: int, prefix: int) -
     if len(left) != depth:
         raise InputError(f"a schedule of {len(left)} blocks does not fit a model of {depth}")
     for block, (entering, leaving) in enumerate(pairwise([patches, *left])):
-        fewest = kind.fewest(entering, prefix)
-        if leaving != entering and not fewest <= leaving < entering:
+        if leaving != entering and not kind.reaches(entering, leaving, prefix):
+            fewest = kind.fewest(entering, prefix)
+            which = f"{fewest} or {entering}" if kind.grid else f"{fewest} to {entering}"
             raise InputError(
-                f"schedule: {method} can leave {fewest} to {entering} patch tokens of the {entering} that enter "
-                f"block {block}, not {leaving}"
+                f"schedule: {method} can leave {which} patch tokens of the {entering} that enter block {block}, "
+                f"not {leaving}"
             )
     return tuple(left)
 

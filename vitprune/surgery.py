@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
@@ -19,9 +20,15 @@ from .schedules import Wanted, counts
 from .tokens.base import Place, Reducer
 
 CompensatedWeights = Mapping[tuple[int, str], Tensor]
+METHOD_WEIGHT = re.compile(r"^blocks\.\d+\.reducer\.")  # names of a token method's own weights
 
 
-def prune(model: Vit, plan: Plan, weights: CompensatedWeights | None = None) -> Vit:
+def prune(
+    model: Vit,
+    plan: Plan,
+    weights: CompensatedWeights | None = None,
+    method_weights: Mapping[str, Tensor] | None = None,
+) -> Vit:
     """What ``plan`` leaves of ``model``, as a new model with weights of its own.
 
     Zeroing in ``model`` the columns of ``proj`` and ``fc2`` that belong to removed heads and units gives the same
@@ -32,6 +39,7 @@ def prune(model: Vit, plan: Plan, weights: CompensatedWeights | None = None) -> 
         plan: what stays.
         weights: for (block, 'attn') the weight of ``proj``, for (block, 'mlp') that of ``fc2``, [C, kept columns],
             with what the removed columns did made up for.
+        method_weights: of the token method, by their names in the new model; those not named are as they start out.
 
     Raises:
         InputError: the plan was made for another model, or does not fit this one.
@@ -48,9 +56,11 @@ def prune(model: Vit, plan: Plan, weights: CompensatedWeights | None = None) -> 
     for number, (block, kept) in enumerate(zip(model.blocks, plan.blocks, strict=True)):
         for name, tensor in _kept_weights(cast(Block, block), kept, number, weights or {}).items():
             state[f"blocks.{number}.{name}"] = tensor
+    state |= method_weights or {}
     with torch.no_grad():
         for name, tensor in slim.state_dict().items():
-            tensor.copy_(_same_shape(state[name], tensor, name))
+            if name in state or not METHOD_WEIGHT.search(name):
+                tensor.copy_(_same_shape(state[name], tensor, name))
     return slim
 
 
@@ -74,12 +84,13 @@ def build(config: VitConfig, state_dict: Mapping[str, Tensor] | None = None) -> 
     return model
 
 
-def reduce_tokens(model: Vit, method: str, schedule: Wanted) -> Vit:
+def reduce_tokens(model: Vit, method: str, schedule: Wanted, method_weights: Mapping[str, Tensor] | None = None) -> Vit:
     """``model`` with a token method in it, and all of its heads, units and weights.
 
     Args:
         method: name of a file in ``vitprune/tokens``.
         schedule: as ``schedules.counts`` takes it: ``"published-0.7"``, or ``{3: 139, 6: 99}``.
+        method_weights: as ``prune`` takes them.
 
     Raises:
         InputError: the schedule does not fit the method or the model.
@@ -92,7 +103,7 @@ def reduce_tokens(model: Vit, method: str, schedule: Wanted) -> Vit:
         block if after == before else replace(block, patches=after)
         for block, before, after in zip(plan.blocks, entering, left, strict=False)
     ]
-    return prune(model, replace(plan, reducer=method, blocks=tuple(kept)))
+    return prune(model, replace(plan, reducer=method, blocks=tuple(kept)), method_weights=method_weights)
 
 
 def dense_plan(model: Vit) -> Plan:
@@ -101,30 +112,62 @@ def dense_plan(model: Vit) -> Plan:
     return Plan.dense(fingerprint(model), model.config.patches, [b.heads for b in blocks], [b.mlp for b in blocks])
 
 
+def check_method(method: str, config: VitConfig) -> None:
+    """Raise NotSupported where the token method ``method`` cannot act on such a model."""
+    kind = parts.load("vitprune.tokens", method, Reducer)  # type: ignore[type-abstract]
+    if config.dynamic_image_size and not kind.any_size:
+        raise NotSupported(f"{method} keeps the same positions in every image, so all images must be of one size")
+    if kind.grid and config.grid[0] != config.grid[1]:
+        grid = " x ".join(map(str, config.grid))
+        raise NotSupported(f"{method} merges neighbours of a square grid, and this model's patches are {grid}")
+    if kind.needs_class_token and not config.class_token:
+        raise NotSupported(
+            f"{method} scores patches by the class token's attention, and this model has no class token; "
+            f"use {_without_class_token()}"
+        )
+
+
 def _reducers(config: VitConfig) -> dict[int, nn.Module]:
     """A reducer for each block whose token count falls, once it is clear that the counts can be reached."""
     if config.reducer is None:
         return {}
+    check_method(config.reducer, config)
     kind = parts.load("vitprune.tokens", config.reducer, Reducer)  # type: ignore[type-abstract]
-    if kind.needs_class_token and not config.class_token:
-        raise NotSupported(
-            f"{config.reducer} scores patches by the class token's attention, and this model has no class token; "
-            f"use {_without_class_token()}"
-        )
     reducers: dict[int, nn.Module] = {}
     entering = config.patches
     for number, block in enumerate(config.blocks):
         if not block.patches:
+            if kind.watches and block.heads:
+                reducers[number] = make_reducer(config.reducer, config, number)
             continue
-        fewest = kind.fewest(entering, config.prefix)
-        if not fewest <= block.patches <= entering:
+        if kind.watches and number == 0:
+            raise InputError(f"block 0: {config.reducer} has seen no attention yet; let it act from block 1 on")
+        if block.patches != entering and not kind.reaches(entering, block.patches, config.prefix):
+            fewest = kind.fewest(entering, config.prefix)
             raise InputError(
                 f"block {number}: {config.reducer} can leave {fewest} to {entering} of {entering} patch tokens, "
                 f"not {block.patches}"
             )
-        reducers[number] = kind(Place(number, len(config.blocks)))
+        reducers[number] = make_reducer(config.reducer, config, number)
         entering = block.patches
     return reducers
+
+
+def make_reducer(method: str, config: VitConfig, block: int, weights: Mapping[str, Tensor] | None = None) -> Reducer:
+    """The token method ``method`` for a block of a model, in eval mode.
+
+    Args:
+        weights: as ``prune`` takes them; where the block has none among them, they are as they start out.
+    """
+    kind = parts.load("vitprune.tokens", method, Reducer)  # type: ignore[type-abstract]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(block)  # a method's weights start out the same wherever the model is built
+        reducer = kind(Place.of(config, block))
+    prefix = f"blocks.{block}.reducer."
+    own = {name.removeprefix(prefix): value for name, value in (weights or {}).items() if name.startswith(prefix)}
+    if own:
+        reducer.load_state_dict(own)
+    return reducer.eval()
 
 
 def _check_prefix_only(config: VitConfig) -> None:
@@ -134,9 +177,9 @@ def _check_prefix_only(config: VitConfig) -> None:
 
 
 def _without_class_token() -> str:
-    """The token methods that need no class token, as the end of a sentence."""
+    """The token methods that need neither a class token nor training, as the end of a sentence."""
     kinds = {name: parts.load("vitprune.tokens", name, Reducer) for name in parts.names("vitprune.tokens")}  # type: ignore[type-abstract]
-    return " or ".join(name for name, kind in kinds.items() if not kind.needs_class_token)
+    return " or ".join(name for name, kind in kinds.items() if not (kind.needs_class_token or kind.stand_in))
 
 
 def _pruned_config(config: VitConfig, plan: Plan) -> VitConfig:
@@ -149,12 +192,14 @@ def _pruned_config(config: VitConfig, plan: Plan) -> VitConfig:
         )
     if config.reducer and plan.reducer and config.reducer != plan.reducer:
         raise InputError(f"the model already reduces tokens by {config.reducer}, and the plan by {plan.reducer}")
-    blocks, entering = [], config.patches
+    blocks, entering, reducer = [], config.patches, config.reducer or plan.reducer
     for number, (block, kept) in enumerate(zip(config.blocks, plan.blocks, strict=True)):
         pruned = _pruned_block(block, kept, number, entering)
+        if pruned.patches is None and pruned.heads and entering < config.patches and reducer:
+            kind = parts.load("vitprune.tokens", reducer, Reducer)  # type: ignore[type-abstract]
+            pruned = replace(pruned, patches=entering if kind.again(number, len(config.blocks)) else None)
         entering = entering if pruned.patches is None else pruned.patches
         blocks.append(pruned)
-    reducer = config.reducer or plan.reducer
     return config.with_blocks(blocks, reducer if any(block.patches for block in blocks) else None)
 
 

@@ -13,7 +13,7 @@ from tiny import images, tiny_vit
 
 from vitprune import parts
 from vitprune.errors import MissingError, NotSupported
-from vitprune.recover import RecoverSettings, recover
+from vitprune.recover import Batch, RecoverSettings, recover
 from vitprune_deploy.backends._cuda import KINDS, open_cuda
 from vitprune_deploy.backends.onnxruntime import OnnxRuntime
 from vitprune_deploy.export.onnx import export_onnx
@@ -108,7 +108,7 @@ def test_recovery_trains_on_the_gpu_and_hands_the_model_back_on_the_cpu():
 
     def batches(epoch):
         for start in range(0, 32, 8):
-            yield some[start : start + 8], torch.arange(start, start + 8)
+            yield Batch(some[start : start + 8], torch.arange(start, start + 8))
 
     torch.cuda.reset_peak_memory_stats()
     found = recover(student, teacher, batches, images(16, seed=1), RecoverSettings(steps=40, lr=2e-3, checks=4))

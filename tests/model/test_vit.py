@@ -65,7 +65,7 @@ def test_blocks_may_differ_and_lack_either_half(residual):
 def test_a_parallel_block_adds_both_halves_of_the_same_input():
     model = tiny_vit(residual="parallel", depth=1)
     block, state = model.blocks[0], model.embed(images(1))
-    want = state.x + block.attend(state)[0] + block.feed(state.x)
+    want = state.x + block.attn(*block.attn.project(block.read(state.x)), None) + block.feed(state.x)
     torch.testing.assert_close(block(state).x, want, rtol=0, atol=1e-6)
 
 

@@ -32,8 +32,10 @@ MLP_MS = [
     [0.915, 0.720, 0.497, 0.285],
 ]
 REDUCE_MS = {(196, 137): 0.21, (196, 96): 0.19, (196, 67): 0.16, (137, 96): 0.15, (137, 67): 0.13, (96, 67): 0.11}
-EVIT = TokenMethod("evit", "after", False, True, lambda patches, prefix: 1)
-TOME = TokenMethod("tome", "after", True, False, lambda patches, prefix: patches - patches // 2)
+EVIT = TokenMethod("evit", "after", False, True, lambda n, prefix: 1, lambda n, k, prefix: 1 <= k < n, "evit")
+TOME = TokenMethod(
+    "tome", "after", True, False, lambda n, prefix: n - n // 2, lambda n, k, prefix: n - n // 2 <= k < n, "tome"
+)
 
 
 def levels() -> Levels:

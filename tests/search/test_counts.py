@@ -36,12 +36,19 @@ def test_garbage_is_refused_with_its_reason(plain, why):
 
 def test_a_token_method_is_read_off_its_reducer_class():
     class Halving:
-        where, proportional, needs_class_token = "before", True, False
+        where, proportional, needs_class_token, stand_in = "before", True, False, None
+
+        grid = False
 
         @staticmethod
         def fewest(patches, prefix):
             return patches // 2
 
+        @staticmethod
+        def reaches(patches, left, prefix):
+            return patches // 2 <= left < patches
+
     method = TokenMethod.of("halving", Halving)
     assert method[:4] == ("halving", "before", True, False)
     assert method.fewest(49, 1) == 24
+    assert method.judged_as == "halving"

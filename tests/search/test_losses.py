@@ -197,7 +197,9 @@ def test_under_a_norm_across_units_a_half_stays_whole_or_goes():
 
 def test_a_method_that_scores_by_the_class_token_refuses_a_model_without():
     model = tiny_vit(class_token=False, pool="avg")
-    with pytest.raises(NotSupported, match="evit scores by the class token's attention; this model has none"):
+    with pytest.raises(
+        NotSupported, match="evit scores patches by the class token's attention, and this model has no class token"
+    ):
         measure_losses(model, images(2), SIZES, token_method="evit")
 
 

@@ -26,7 +26,8 @@ def loss_by_hand(table_of_losses, counts):
     return total
 
 
-@pytest.mark.parametrize("method", [EVIT, TOME, EVIT._replace(where="before", name="tome"), None])
+@pytest.mark.parametrize("method", [EVIT, TOME, EVIT._replace(where="before", name="tome", judged_as="tome"),
+                                    EVIT._replace(where="q_rows"), None])  # fmt: skip
 def test_every_plan_costs_what_the_table_predicts_and_loses_what_its_changes_add_up_to(method):
     made = problem(3, method=method, latency=CORRECTED)
     dense_ms = made.predict_ms(dense())

@@ -16,7 +16,7 @@ def attending(*heads: list[float], prefix: int = 1) -> AttentionView:
     k = torch.tensor([[[[math.log(share)] for share in row] for row in heads]])
     q = torch.full_like(k, float("nan"))  # no other row may be read
     q[:, :, 0] = 2.0
-    return AttentionView(q, k, 0.5, None)
+    return AttentionView(q, k, k, 0.5, None)
 
 
 def state(*values: float, prefix: int = 1) -> TokenState:
@@ -59,7 +59,7 @@ def test_the_fused_token_competes_at_the_next_application():
 
 def test_token_sizes_count_in_the_attention():
     k = torch.zeros(1, 1, 4, 1)
-    attention = AttentionView(k, k, 1.0, torch.tensor([1.0, 1, 3, 1]).log()[None, None, None])
+    attention = AttentionView(k, k, k, 1.0, torch.tensor([1.0, 1, 3, 1]).log()[None, None, None])
     after = EViT()(state(9, 1, 2, 3), attention, 2)  # attention: 1/6, 1/6, 3/6, 1/6
     torch.testing.assert_close(after.x.flatten(), torch.tensor([9, 2, 4 / 6]), rtol=1e-6, atol=0)
 
@@ -85,8 +85,6 @@ def test_deit_with_keep_rate_0_7_has_the_published_token_counts():
 
 def test_the_class_row_is_that_of_the_whole_map():
     model = tiny_vit()
-    seen = []
-    model.blocks[0].attn.register_forward_hook(lambda module, inputs, output: seen.append(output[1]))
-    model(images(2))
-    whole = (seen[0].q @ seen[0].k.transpose(-2, -1) * seen[0].scale).softmax(-1)
-    torch.testing.assert_close(seen[0].class_row(), whole[:, :, 0], rtol=1e-5, atol=1e-7)  # fp32, another order
+    *_, seen = model.blocks[0].attend(model.embed(images(2)))
+    whole = (seen.q @ seen.k.transpose(-2, -1) * seen.scale).softmax(-1)
+    torch.testing.assert_close(seen.class_row(), whole[:, :, 0], rtol=1e-5, atol=1e-7)  # fp32, another order

@@ -15,7 +15,7 @@ EARLY, LATE = Place(0, 4), Place(3, 4)
 
 
 def view(k: Tensor) -> AttentionView:
-    return AttentionView(torch.full_like(k, float("nan")), k, 1.0, None)  # queries may not be read
+    return AttentionView(torch.full_like(k, float("nan")), k, k, 1.0, None)  # queries may not be read
 
 
 def one_head(*angles: float) -> AttentionView:

@@ -16,7 +16,7 @@ from vitprune.tokens.tome import ToMe
 
 
 def view(k: Tensor) -> AttentionView:
-    return AttentionView(torch.full_like(k, float("nan")), k, 1.0, None)  # queries may not be read
+    return AttentionView(torch.full_like(k, float("nan")), k, k, 1.0, None)  # queries may not be read
 
 
 def one_head(*angles: float) -> AttentionView:
@@ -123,8 +123,8 @@ def test_a_token_of_size_two_attends_like_two_equal_tokens():
     attn = tiny_vit().blocks[0].attn
     x = torch.randn(1, 5, 32)
     size = torch.tensor([1.0, 2, 1, 3, 1])[None, :, None]
-    merged, _ = attn(x, size_bias(TokenState(x, 1, 4, size)))
-    apart, _ = attn(x[:, [0, 1, 1, 2, 3, 3, 3, 4]], None)
+    merged = attn(*attn.project(x), size_bias(TokenState(x, 1, 4, size)))
+    apart = attn(*attn.project(x[:, [0, 1, 1, 2, 3, 3, 3, 4]]), None)
     torch.testing.assert_close(merged, apart[:, [0, 1, 3, 4, 7]], rtol=1e-5, atol=1e-6)  # fp32, log and exp
 
 
@@ -134,7 +134,7 @@ def test_matches_on_the_keys_that_attention_used():
     after = block(current)
     qkv = block.attn.qkv(block.norm1(current.x)).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
     normed = block.attn.k_norm(qkv[1])
-    x = current.x + block.ls1(block.attn(block.norm1(current.x), None)[0])
+    x = current.x + block.ls1(block.attn(*block.attn.project(block.norm1(current.x)), None))
     want, _ = reference(x[0].detach(), torch.ones(50), normed[0].detach(), 19, 1)
     want = want + block.ls2(block.mlp(block.norm2(want)))
     torch.testing.assert_close(after.x[0], want, rtol=1e-5, atol=1e-5)  # fp32, sums in another order

@@ -32,11 +32,18 @@ class Converted(NamedTuple):
     classes: list[str] | None  # names of the outputs in their order (WordNet ids for ImageNet); None: not known
 
 
-def from_timm(name: str, *, checkpoint: Path | None = None, pretrained: bool = False, **model_args: Any) -> Converted:
+def from_timm(
+    name: str,
+    *,
+    checkpoint: Path | None = None,
+    pretrained: bool = False,
+    to_timm: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    **model_args: Any,
+) -> Converted:
     """The architecture that timm calls ``name``, with the weights of ``checkpoint``, timm's own, or random ones.
 
     ``model_args`` are those of timm's ``create_model``. A checkpoint of another image or patch size is resampled, as
-    timm does it.
+    timm does it. ``to_timm`` gives the weights of one in a layout of its own the names that timm has for them.
 
     Raises:
         InputError: timm has no such name or argument, or the checkpoint is of another model.
@@ -47,7 +54,9 @@ def from_timm(name: str, *, checkpoint: Path | None = None, pretrained: bool = F
     source = _create(name, pretrained and checkpoint is None, model_args)
     if checkpoint is not None:
         _check_supported(source)
-        load_weights(source, _timm_layout(read_checkpoint(checkpoint), source), checkpoint)
+        weights = read_checkpoint(checkpoint)
+        weights = to_timm(weights) if to_timm else weights
+        load_weights(source, _timm_layout(weights, source), checkpoint)
     model = convert(source)
     return Converted(model, _data_config(source, model.config), _class_names(source, model.config))
 

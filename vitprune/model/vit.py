@@ -9,7 +9,7 @@ stays that of the original head size after pruning, and the prefix tokens carry 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..errors import InputError
 from .config import BlockConfig, VitConfig
 from .resample import resample_grid
-from .state import AttentionView, TokenState
+from .state import AttentionView, TokenState, wide
 
 
 class Attention(nn.Module):
@@ -39,25 +39,51 @@ class Attention(nn.Module):
         self.norm = make_norm(config, self.sizes[2]) if config.attn_norm else nn.Identity()
         self.proj = nn.Linear(self.sizes[2], config.dim, bias=config.proj_bias)
 
-    def forward(self, x: Tensor, bias: Tensor | None, queries: int | None = None) -> tuple[Tensor, AttentionView]:
-        """Attention of ``x`` [B, N, C] and what it saw; ``bias`` [B, 1, 1, N] is added to the scaled logits.
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys [B, H, N, D] and values [B, H, N, V] of ``x`` [B, N, C]."""
+        q, k, v = (_split_heads(part, self.heads) for part in self.qkv(x).split(self.sizes, dim=-1))
+        return self.q_norm(q), self.k_norm(k), v
 
-        ``queries``: only so many tokens, the first ones, ask; the others are but read.
+    # slices of the weights, not a split of what all of them give: the exporter makes weights of their own of these
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Queries [B, H, N, D] alone."""
+        rows = self.sizes[0]
+        q = F.linear(x, self.qkv.weight[:rows], None if self.qkv.bias is None else self.qkv.bias[:rows])
+        return self.q_norm(_split_heads(q, self.heads))
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [B, H, N, D] and values [B, H, N, V] alone."""
+        rows = self.sizes[0]
+        both = F.linear(x, self.qkv.weight[rows:], None if self.qkv.bias is None else self.qkv.bias[rows:])
+        k, v = (_split_heads(part, self.heads) for part in both.split(self.sizes[1:], dim=-1))
+        return self.k_norm(k), v
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, policy: Tensor | None = None) -> Tensor:
+        """What each query reads, projected, [B, N, C]; ``bias`` [B, 1, 1, N] is added to the scaled logits.
+
+        ``policy`` [B, N, 1]: tokens are read as far as it says, and each by itself; see ``policy_softmax``.
         """
-        q, k, v = (_split_heads(part, self.heads) for part in self._project(x, queries))
-        q, k = self.q_norm(q), self.k_norm(k)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
-        out = self.norm(out.transpose(1, 2).flatten(2))
-        return self.proj(out), AttentionView(q, k, self.scale, bias)
+        if policy is None:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        else:
+            logits = q @ k.transpose(-2, -1) * self.scale
+            out = policy_softmax(logits if bias is None else logits + bias, policy) @ v
+        return self.proj(self.norm(out.transpose(1, 2).flatten(2)))
 
-    def _project(self, x: Tensor, queries: int | None) -> Sequence[Tensor]:
-        """Queries, keys and values of all heads."""
-        if queries is None:
-            return self.qkv(x).split(self.sizes, dim=-1)
-        # slices of the weights, not a split: the exporter turns these into weights of their own
-        weight, bias, rows = self.qkv.weight, self.qkv.bias, self.sizes[0]
-        q = F.linear(x[:, :queries], weight[:rows], None if bias is None else bias[:rows])
-        return q, *F.linear(x, weight[rows:], None if bias is None else bias[rows:]).split(self.sizes[1:], dim=-1)
+
+def policy_softmax(logits: Tensor, policy: Tensor, eps: float = 1e-6) -> Tensor:
+    """Softmax of ``logits`` [B, H, Q, N] over the tokens that ``policy`` [B, N, 1] keeps, and each of the Q itself.
+
+    The first Q tokens ask. What a training attends with that only marks the tokens it would remove: smooth in the
+    policy, and what is removed is not read. Rao et al., DynamicViT, NeurIPS 2021, https://arxiv.org/abs/2106.02034,
+    equation 11 with the ``eps`` of the official code.
+    """
+    queries, tokens = logits.shape[-2:]
+    itself = torch.eye(queries, tokens, dtype=policy.dtype, device=policy.device)
+    read = policy[:, None].transpose(-2, -1) * (1 - itself) + itself
+    weights = (wide(logits) - wide(logits).amax(-1, keepdim=True)).exp() * read
+    return ((weights + eps / tokens) / (weights.sum(-1, keepdim=True) + eps)).to(logits.dtype)
 
 
 class Mlp(nn.Module):
@@ -114,67 +140,90 @@ class Block(nn.Module):
 
     def forward(self, state: TokenState) -> TokenState:
         """The tokens that leave this block."""
-        left = self.treated(state)
-        if self.attn is not None:
-            out, attention = self.attend(state)
-            left = self.reduce(left._replace(x=left.x + out), attention)
-        if self.mlp is not None:
-            left = left._replace(x=left.x + self.feed(left.x))
-        return left
+        left = self.mix(state, self.kept(state))
+        return left if self.mlp is None else left._replace(x=left.x + self.feed(left.x))
+
+    def kept(self, state: TokenState) -> int | None:
+        """Patch tokens that the block's token method leaves; None where it has none."""
+        if self.keep is None:
+            return None if self.reducer is None else self.reducer.keep_anyway(state)
+        # The plan's share of the image's patches, rounded up: never 0, never above the share of an earlier block, and
+        # half of it is never less than half of what entered. Does not depend on the counts of earlier blocks:
+        # expressions for symbolic sizes would double in length from block to block.
+        return (state.patches * self.keep + self.reference - 1) // self.reference
+
+    def mix(self, state: TokenState, keep: int | None) -> TokenState:
+        """The attention half with its residual, and the token method, which leaves ``keep`` patches; None: all."""
+        where = None if keep is None else self.reducer.where
+        if where == "before":
+            state = self.reducer(state, None, keep)
+        if self.attn is None:
+            return self.treated(state)
+        left, out, attention = self.attend(state, keep if where == "q_rows" else None)
+        left = left._replace(x=left.x + out)
+        if self.reducer is not None and self.reducer.watches:
+            left = self.reducer.watch(left, attention)
+        return self.reducer(left, attention, keep) if where == "after" else left
 
     def treated(self, state: TokenState) -> TokenState:
         """The tokens that the block computes anew."""
-        if not self.prefix_only:
-            return state
-        size, source = (None if part is None else part[:, : state.prefix] for part in (state.size, state.source))
-        return state._replace(x=state.x[:, : state.prefix], size=size, source=source)
+        return state.select(lambda tokens: tokens[:, : state.prefix]) if self.prefix_only else state
 
-    def attend(self, state: TokenState) -> tuple[Tensor, AttentionView]:
-        """What attention adds to the tokens that are treated, [B, N, C], and what it saw."""
-        queries = state.prefix if self.prefix_only else None
-        out, attention = self.attn(self.norm1(state.x), size_bias(state), queries)
-        return self.ls1(out), attention
+    def attend(self, state: TokenState, asking: int | None = None) -> tuple[TokenState, Tensor, AttentionView]:
+        """The tokens that ask, what attention adds to them, [B, N, C], and what it saw.
+
+        ``asking``: so many patches ask, which the token method chooses; the others are but read.
+        """
+        x, bias, attn = self.read(state.x), size_bias(state), self.attn
+        if asking is None and not self.prefix_only:
+            left, (q, k, v) = state, attn.project(x)
+        else:
+            k, v = attn.keys_values(x)
+            left, some = self.treated(state), x[:, : state.prefix]
+            if asking is not None:
+                left = self.reducer(state, AttentionView(attn.queries(some), k, v, attn.scale, bias), asking)
+                some = self.read(left.x)
+            q = attn.queries(some)
+        return left, self.write(attn(q, k, v, bias, state.policy)), AttentionView(q, k, v, attn.scale, bias)
+
+    def read(self, x: Tensor) -> Tensor:
+        """What attention reads of the tokens ``x`` [B, N, C]."""
+        return self.norm1(x)
+
+    def write(self, out: Tensor) -> Tensor:
+        """What is added to the tokens of attention's result ``out`` [B, N, C]."""
+        return self.ls1(out)
 
     def feed(self, x: Tensor) -> Tensor:
         """What the MLP adds to the tokens ``x``, [B, N, C]."""
         return self.ls2(self.mlp(self.norm2(x)))
 
-    def reduce(self, state: TokenState, attention: AttentionView) -> TokenState:
-        """The tokens that the block's token method leaves; all of them where it has none."""
-        if self.keep is None:
-            return state
-        # The plan's share of the image's patches, rounded up: never 0, never above the share of an earlier block, and
-        # half of it is never less than half of what entered. Does not depend on the counts of earlier blocks:
-        # expressions for symbolic sizes would double in length from block to block.
-        share = (state.patches * self.keep + self.reference - 1) // self.reference
-        return self.reducer(state, attention, share)
-
 
 class PostNormBlock(Block):
     """A block whose norms stand behind its halves."""
 
-    def attend(self, state: TokenState) -> tuple[Tensor, AttentionView]:
-        queries = state.prefix if self.prefix_only else None
-        out, attention = self.attn(state.x, size_bias(state), queries)
-        return self.ls1(self.norm1(out)), attention
+    def read(self, x: Tensor) -> Tensor:
+        return x
+
+    def write(self, out: Tensor) -> Tensor:
+        return self.ls1(self.norm1(out))
 
     def feed(self, x: Tensor) -> Tensor:
         return self.ls2(self.norm2(self.mlp(x)))
 
 
 class ParallelBlock(Block):
-    """A block whose MLP reads what its attention reads; tokens are reduced behind both.
+    """A block whose MLP reads what its attention reads; tokens are reduced in front of both, or behind both.
 
     Dehghani et al., Scaling Vision Transformers to 22 Billion Parameters, ICML 2023, https://arxiv.org/abs/2302.05442.
     """
 
     def forward(self, state: TokenState) -> TokenState:
-        left = self.treated(state)
-        x = left.x if self.mlp is None else left.x + self.feed(left.x)
-        if self.attn is None:
-            return left._replace(x=x)
-        out, attention = self.attend(state)
-        return self.reduce(left._replace(x=x + out), attention)
+        return super().forward(state) if self.attn is None else self.mix(state, self.kept(state))
+
+    def attend(self, state: TokenState, asking: int | None = None) -> tuple[TokenState, Tensor, AttentionView]:
+        left, out, attention = super().attend(state, asking)
+        return left, out if self.mlp is None else out + self.feed(left.x), attention
 
 
 class AttentionPool(nn.Module):
@@ -273,6 +322,7 @@ class Vit(nn.Module):
 
     def _pool(self, state: TokenState) -> Tensor:
         """One feature [B, C] of all tokens; a token that stands for several patches counts as often."""
+        state = state.unparked()
         first = 0 if self.config.pool_prefix else state.prefix
         x, size = state.x[:, first:], None if state.size is None else state.size[:, first:]
         if self.pool is not None:

@@ -89,15 +89,32 @@ class TokenMethod(NamedTuple):
 
     Attributes:
         fewest: (patches, prefix) -> the fewest patch tokens that one application can leave.
+        reaches: (patches, fewer, prefix) -> whether one application can leave so many.
+        judged_as: name of the method whose losses are taken for this one's: its own, or its stand-in's.
     """
 
     name: str
-    where: Literal["before", "after"]
+    where: Literal["before", "after", "q_rows"]
     proportional: bool
     needs_class_token: bool
     fewest: Callable[[int, int], int]
+    reaches: Callable[[int, int, int], bool]
+    judged_as: str
+    grid: bool = False
 
     @classmethod
-    def of(cls, name: str, reducer: Any) -> TokenMethod:
-        """The facts that the reducer class ``reducer`` of the file ``name`` declares."""
-        return cls(name, reducer.where, reducer.proportional, reducer.needs_class_token, reducer.fewest)
+    def of(cls, name: str, reducer: Any, trained: bool = False) -> TokenMethod:
+        """The facts that the reducer class ``reducer`` of the file ``name`` declares.
+
+        ``trained``: its weights are there, and it needs no stand-in.
+        """
+        return cls(
+            name,
+            reducer.where,
+            reducer.proportional,
+            reducer.needs_class_token,
+            reducer.fewest,
+            reducer.reaches,
+            name if trained else reducer.stand_in or name,
+            reducer.grid,
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -14,8 +14,8 @@ from ..errors import InputError
 from ..model.state import TokenState
 from ..model.vit import Vit, fingerprint
 from ..statistics import Half, Progress, batches, blocks_of
-from ..surgery import prune
-from ..tokens.base import Place, Reducer
+from ..surgery import make_reducer, prune
+from ..tokens.base import Reducer
 from .counts import Counts
 from .probes import distance, ending_early, put_in
 from .rankings import Rankings
@@ -47,12 +47,22 @@ class Evaluator:
         rankings: of this model.
         images: [M, channels, height, width].
         token_method: name of the token method; None where no plan reduces tokens.
+        method_weights: of the token method, as ``surgery.prune`` takes them.
     """
 
-    def __init__(self, model: Vit, rankings: Rankings, images: Tensor, *, token_method: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Vit,
+        rankings: Rankings,
+        images: Tensor,
+        *,
+        token_method: str | None = None,
+        method_weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.model, self.rankings, self.sha256 = model, rankings, fingerprint(model)
-        kind: Any = Reducer  # an abstract class is no type[...] to mypy
-        self.method = parts.load("vitprune.tokens", token_method, kind) if token_method else None
+        self.method, self.method_weights = token_method, method_weights
+        if token_method is not None:
+            parts.load("vitprune.tokens", token_method, Reducer)  # type: ignore[type-abstract]
         self.halves: dict[tuple[int, Half, int], nn.Module | None] = {}
         with torch.no_grad():
             self.entering = [model.embed(batch) for batch in batches(model, images)]
@@ -124,7 +134,10 @@ class Evaluator:
         block = blocks_of(self.model)[index]
         change: dict[str, Any] = {"attn": self.halves[index, "attn", heads], "mlp": self.halves[index, "mlp", mlp]}
         if keep and self.method is not None:
-            change |= {"reducer": self.method(Place(index, len(self.model.blocks))), "keep": keep}
+            change |= {
+                "reducer": make_reducer(self.method, self.model.config, index, self.method_weights),
+                "keep": keep,
+            }
         elif index == len(self.model.blocks) - 1 and self.model.config.reads_prefix_only:
             change |= {"prefix_only": True}
         with put_in(block, **change):

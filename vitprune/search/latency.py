@@ -247,7 +247,7 @@ class LatencyTable:
                 raise InputError(f"block {block} turns {patches} patch tokens into {left} {why}")
             if left != patches and method is not None:
                 total += self.reduce_ms(method.name, patches, left)
-            seen = left if method is not None and method.where == "before" else patches
+            seen = left if method is not None and method.where != "after" else patches
             sized = method is not None and method.proportional and seen < self.levels.tokens[0]
             total += self.attn_ms(seen, heads, sized) + self.mlp_ms(left, units)
             patches = left

@@ -22,7 +22,7 @@ from ..criteria.base import Criterion, Ranking
 from ..errors import InputError, NotSupported
 from ..model.vit import Vit
 from ..statistics import Half, Progress, blocks_of, gate_gradients, stream_blocks
-from ..tokens.base import Reducer
+from ..surgery import check_method
 from .counts import Sizes
 from .evaluate import Evaluator, evaluate_counts
 from .probes import cosine_distance, kl_to_dense
@@ -115,6 +115,7 @@ def measure_losses(
     *,
     criterion: str = "obs",
     token_method: str | None = None,
+    method_weights: Mapping[str, Tensor] | None = None,
     probes: int = 64,
     progress: Progress | None = None,
     store: Path | None = None,
@@ -126,6 +127,7 @@ def measure_losses(
         images: calibration images [M, channels, height, width].
         criterion: name of a file in ``vitprune/criteria``.
         token_method: name of a file in ``vitprune/tokens``.
+        method_weights: of the token method, as ``surgery.prune`` takes them.
         probes: how many of the images the KLs are measured on.
         store: folder for the rankings and compensated weights; None keeps them in memory.
 
@@ -134,9 +136,9 @@ def measure_losses(
     """
     kind: Any = Criterion  # an abstract class is no type[...] to mypy
     rank: Criterion = parts.load("vitprune.criteria", criterion, kind)()
-    method = _token_method(model, token_method)
+    _check_token_method(model, token_method)
     gates = gate_gradients(model, images, progress=progress) if rank.needs == "gates" else None
-    survey = Survey(model, sizes, method, progress, widths=True)
+    survey = Survey(model, sizes, token_method, progress, widths=True, method_weights=method_weights)
     table = LossTable([], [], [], token_method)
     halves: dict[tuple[int, Half], Ranking] = {}
     for step in stream_blocks(model, images, moments=rank.needs == "moments"):
@@ -144,7 +146,7 @@ def measure_losses(
         survey.enter(step, probes)
         table.heads.append(survey.width_curve(step.number, "attn", found.get("attn")))
         table.mlp.append(survey.width_curve(step.number, "mlp", found.get("mlp")))
-        table.tokens.append(survey.token_curve(step.number) if method else {})
+        table.tokens.append(survey.token_curve(step.number) if token_method else {})
         for half, ranking in found.items():
             halves[step.number, half] = save_ranking(store, step.number, half, ranking) if store else ranking
     rankings = Rankings(halves)
@@ -160,6 +162,7 @@ def with_token_method(
     images: Tensor,
     sizes: Sizes,
     *,
+    method_weights: Mapping[str, Tensor] | None = None,
     probes: int = 64,
     progress: Progress | None = None,
 ) -> LossTable:
@@ -167,11 +170,13 @@ def with_token_method(
 
     Args:
         model, images, sizes, probes: as they were given to ``measure_losses`` for ``table``.
+        method_weights: of the token method, as ``surgery.prune`` takes them.
 
     Raises:
         NotSupported: the token method cannot act on this model.
     """
-    survey = Survey(model, sizes, _token_method(model, token_method), progress, widths=False)
+    _check_token_method(model, token_method)
+    survey = Survey(model, sizes, token_method, progress, widths=False, method_weights=method_weights)
     curves = []
     for step in stream_blocks(model, images[:probes], moments=False):
         survey.enter(step, probes)
@@ -179,19 +184,15 @@ def with_token_method(
     return replace(table, tokens=curves, token_method=token_method)
 
 
-def _token_method(model: Vit, name: str | None) -> type[Reducer] | None:
-    """The class of the token method ``name``, which must be able to act on ``model``."""
+def _check_token_method(model: Vit, name: str | None) -> None:
+    """Raise NotSupported where the token method ``name`` cannot act on ``model``."""
     if name is None:
-        return None
-    kind: Any = Reducer
-    method: type[Reducer] = parts.load("vitprune.tokens", name, kind)
-    if method.needs_class_token and not model.config.class_token:
-        raise NotSupported(f"the token method {name} scores by the class token's attention; this model has none")
+        return
+    check_method(name, model.config)
     if any(block.keep is not None for block in blocks_of(model)):
         raise NotSupported(
             f"this model already reduces tokens with {model.config.reducer}; {name} needs one that does not"
         )
-    return method
 
 
 def _entry(curves: list[Curve], block: int, count: int, what: str) -> float:

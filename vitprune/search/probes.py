@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..model.state import TokenState
 from ..model.vit import Block, Vit
 from ..statistics import Half, blocks_of, out_layers, unit_sizes
-from ..tokens.base import Place, Reducer
+from ..tokens.base import Reducer
 
 
 def kl_to_dense(dense_logits: Tensor, logits: Tensor) -> Tensor:
@@ -112,12 +112,11 @@ def put_in(block: Block, **values: Any) -> Iterator[None]:
 
 
 @contextmanager
-def reducing(model: Vit, method: type[Reducer], route: Mapping[int, int]) -> Iterator[None]:
-    """While open, each block of ``route`` leaves so many patch tokens."""
+def reducing(model: Vit, make: Callable[[int], Reducer], route: Mapping[int, int]) -> Iterator[None]:
+    """While open, each block of ``route`` leaves so many patch tokens, by what ``make`` gives for it."""
     with ExitStack() as stack:
         for index, keep in route.items():
-            reducer = method(Place(index, len(model.blocks)))
-            stack.enter_context(put_in(blocks_of(model)[index], reducer=reducer, keep=keep))
+            stack.enter_context(put_in(blocks_of(model)[index], reducer=make(index), keep=keep))
         yield
 
 
@@ -126,18 +125,18 @@ def columns_of(units: Sequence[int], unit_size: int) -> list[int]:
     return [unit * unit_size + i for unit in units for i in range(unit_size)]
 
 
-def counts_on_the_way(fewest: Callable[[int], int], levels: Sequence[int], keep: int) -> list[int]:
+def counts_on_the_way(reaches: Callable[[int, int], bool], levels: Sequence[int], keep: int) -> list[int]:
     """Patch tokens after each of the fewest applications of a method that lead from ``levels[0]`` to ``keep``.
 
     The first of them do as little as they may. Empty where no way over ``levels`` leads there.
 
     Args:
-        fewest: n -> the fewest patch tokens that one application leaves of n.
+        reaches: n, fewer -> whether one application of the method can turn n patch tokens into fewer.
         levels: patch tokens that there may be between blocks, descending, all of them first.
     """
     counts = [keep]
-    while fewest(levels[0]) > counts[0]:
-        enough = [n for n in levels[1:] if n > counts[0] and fewest(n) <= counts[0]]
+    while not reaches(levels[0], counts[0]):
+        enough = [n for n in levels[1:] if n > counts[0] and reaches(n, counts[0])]
         if not enough:
             return []
         counts.insert(0, enough[0])

@@ -62,8 +62,10 @@ class Problem:
     schedule: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.method is not None and self.losses.token_method != self.method.name:
-            raise InputError(f"the losses were measured with {self.losses.token_method}, not with {self.method.name}")
+        if self.method is not None and self.losses.token_method != self.method.judged_as:
+            raise InputError(
+                f"the losses were measured with {self.losses.token_method}, not with {self.method.judged_as}"
+            )
         if self.method is not None and self.method.needs_class_token and self.table.levels.prefix == 0:
             raise InputError(f"{self.method.name} scores by the class token's attention; this model has none")
         if self.ends_early and not self.table.attn_prefix:
@@ -174,8 +176,8 @@ class Problem:
         step, branches = Move(self._steps(number)), []
         if sizes[0]:
             present = self._attention(number, [size for size in sizes if size])
-            before = self.method is not None and self.method.where == "before"
-            branches.append([step, present] if before else [present, step])
+            first = self.method is not None and self.method.where != "after"
+            branches.append([step, present] if first else [present, step])
         if sizes[-1] == 0:
             branches.append([self._attention(number, [0])])
         return [Either(branches)]
@@ -205,7 +207,7 @@ class Problem:
         weight, b = self.weights.get((number, "tokens"), 1.0), self.table.correction[1]
         steps = {}
         for (i, n), (j, left) in combinations(enumerate(self.levels), 2):
-            if n in curve and left in curve and left >= self.method.fewest(n, self.table.levels.prefix):
+            if n in curve and left in curve and self.method.reaches(n, left, self.table.levels.prefix):
                 loss = weight * max(0.0, curve[left] - curve[n])
                 steps[i, j] = Choice(loss, b * self.table.reduce_ms(self.method.name, n, left), ("patches", left))
         return steps

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import parts
 from ..criteria.base import Criterion, LayerView, Ranking
 from ..model.state import TokenState
 from ..model.vit import Block, LayerScale, Vit
 from ..statistics import BlockPass, Half, Progress, blocks_of, out_layers, unit_sizes
+from ..surgery import make_reducer
 from ..tokens.base import Reducer
 from .counts import Sizes
 from .probes import Probes, columns_kept, counts_on_the_way, put_in, reducing, take
@@ -24,7 +26,8 @@ class Survey:
     """Goes through the blocks of one model; each must be ranked, then entered, before its curves are asked for.
 
     Args:
-        method: the token method; None where tokens are not reduced.
+        method: name of the token method; None where tokens are not reduced.
+        method_weights: of the token method, as ``surgery.prune`` takes them.
         widths: whether heads and hidden units are surveyed too, or tokens alone: progress counts what is to come.
     """
 
@@ -32,20 +35,22 @@ class Survey:
         self,
         model: Vit,
         sizes: Sizes,
-        method: type[Reducer] | None,
+        method: str | None,
         progress: Progress | None,
         *,
         widths: bool,
+        method_weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model, self.blocks, self.sizes = model, blocks_of(model), sizes
-        self.method, self.widths = method, widths
+        self.method, self.method_weights, self.widths = method, method_weights, widths
         self.patches, self.progress, self.done = model.config.patches, progress, 0
         self.entering: dict[int, list[TokenState]] = {}  # tokens of the probes that enter recent blocks
         self.probes: Probes | None = None
         self.whole_routes: dict[tuple[int, int], float] = {}  # (block, level) -> loss of all applications on the way
         self.routes: dict[int, list[int]] = {}  # token level -> patch tokens after each application on the way to it
         if method is not None:
-            self.routes = _routes(method, self.patches, model.config.prefix, sizes.patches)
+            kind = parts.load("vitprune.tokens", method, Reducer)  # type: ignore[type-abstract]
+            self.routes = _routes(kind, self.patches, model.config.prefix, sizes.patches)
         self.steps = sum(self._steps(index) for index in range(len(self.blocks)))
 
     def rank(self, step: BlockPass, criterion: Criterion, gates: Mapping[Half, Tensor]) -> dict[Half, Ranking]:
@@ -95,10 +100,10 @@ class Survey:
         curve, worst = {self.patches: 0.0}, 0.0
         for keep, counts in self.routes.items():
             blocks = self._able(index)[-len(counts) :]
-            if self.method is None or not self._reaches(index, counts):
+            if not self._reaches(index, counts):
                 continue
             route = dict(zip(blocks, counts, strict=True))
-            with reducing(self.model, self.method, route):
+            with reducing(self.model, self._reducer, route):
                 loss = self._loss(blocks[0], f"block {index}: {keep} of {self.patches} patches")
             self.whole_routes[index, keep] = loss
             if len(counts) > 1:
@@ -106,6 +111,10 @@ class Survey:
             worst = max(worst, loss)
             curve[keep] = worst
         return curve
+
+    def _reducer(self, index: int) -> Reducer:
+        assert self.method is not None  # routes lead nowhere without one
+        return make_reducer(self.method, self.model.config, index, self.method_weights)
 
     def _width_loss(self, index: int, half: Half, ranking: Ranking, count: int) -> float:
         """Measured loss when one half keeps ``count`` units."""
@@ -156,7 +165,7 @@ def _routes(method: type[Reducer], patches: int, prefix: int, levels: Sequence[i
     """Patch tokens after each application on the way to each of ``levels``, from the most on; {} without any."""
     wanted = sorted({keep for keep in levels if 0 < keep < patches}, reverse=True)
     ladder = [patches, *wanted]
-    found = {keep: counts_on_the_way(lambda n: method.fewest(n, prefix), ladder, keep) for keep in wanted}
+    found = {keep: counts_on_the_way(lambda n, left: method.reaches(n, left, prefix), ladder, keep) for keep in wanted}
     return {keep: counts for keep, counts in found.items() if counts}
 
 

@@ -2,50 +2,123 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..model.config import VitConfig
 from ..model.state import AttentionView, TokenState
 
 Schedule = Callable[[int, int], list[int]]  # (blocks, patch tokens that enter) -> patch tokens that leave each block
 
 
 class Place(NamedTuple):
-    """Where in a model a token method acts: in which block of how many."""
+    """Where in a model a token method acts, and what methods with weights need to know of the model.
+
+    Attributes:
+        block, depth: in which block of how many.
+        stage, stages: which application it is of how many in this model.
+        dim: width of the residual stream.
+        heads: attention heads of a block that nothing has been pruned of.
+        patches: patch tokens of the image that the model is made for.
+    """
 
     block: int = 0
     depth: int = 1
+    stage: int = 0
+    stages: int = 1
+    dim: int = 0
+    heads: int = 0
+    patches: int = 0
+
+    @classmethod
+    def of(cls, config: VitConfig, block: int) -> Place:
+        """Block ``block`` of the model that ``config`` describes, reduced there if nowhere else."""
+        reduced = sorted({block, *(i for i, one in enumerate(config.blocks) if one.patches)})
+        head_dim = round(max(one.scale for one in config.blocks) ** -2)
+        heads = max(1, config.dim // head_dim)
+        return cls(block, len(config.blocks), reduced.index(block), len(reduced), config.dim, heads, config.patches)
 
 
 NOWHERE = Place()
+
+
+class Recipe(NamedTuple):
+    """What the authors of a method train their models with, beside the losses of the method itself.
+
+    Attributes:
+        labels: weight of the cross entropy with the images' classes.
+        answers: weight of KL(teacher || student).
+        tokens: weight of the mean squared error between the teacher's patch tokens behind the last norm and the
+            student's, of those that it keeps.
+        lr: peak learning rate of the method's own weights, and of all where it has none.
+        backbone_lr: that of the model's weights, as a share of ``lr``.
+        backbone_from: share of the training that is over before the model's weights begin to learn.
+        warmup: share of the training in which the learning rate rises.
+        last_lr: the learning rate at the end, as a share of ``lr``; it falls as a cosine.
+        weight_decay: of AdamW, on matrices alone.
+        frozen: names of the model's weights that do not learn.
+    """
+
+    labels: float = 1.0
+    answers: float = 0.0
+    tokens: float = 0.0
+    lr: float = 2e-5
+    backbone_lr: float = 1.0
+    backbone_from: float = 0.0
+    warmup: float = 0.0
+    last_lr: float = 0.1
+    weight_decay: float = 1e-6
+    frozen: tuple[str, ...] = ()
 
 
 class Reducer(nn.Module, ABC):
     """A token method. It is told how many tokens to leave; published rules for the counts are its ``schedules``.
 
     Args:
-        place: methods that do not work alike in all blocks ask for it.
+        place: methods that do not work alike in all blocks, or have weights, ask for it.
 
     Attributes:
         schedules: the authors' hyper-parameters, by name.
-        where: 'after': between attention and MLP, so that the attention works on the tokens that come in;
-            'before': in front of the block, which works on those that are left.
+        where: 'before': in front of the block, which works on those that are left, and without an ``AttentionView``;
+            'after': between attention and MLP, so that the attention works on the tokens that come in; 'q_rows':
+            inside attention: those that are left ask, and all that came in are read.
         proportional: the method keeps token sizes, and attention adds their logarithm from then on.
         needs_class_token: the method scores by the class token's attention, and cannot act without one.
         keeps_order: patches leave in the order in which they came.
         drops: patches may vanish; otherwise each is merged into a token that stays.
+        watches: the method looks at the attention of every block, and has a module in each.
+        grid: the method merges neighbours of a square grid: one application leaves exactly ``fewest``, and may need to
+            know the number of patches when a graph is exported.
+        rewarded: the method draws while it trains, and learns by reward.
+        any_size: images may be of other sizes than those that the method was made for.
+        stand_in: a method with weights chooses at random until they have been trained; what a search measures losses
+            with in its place. None: the method needs no training.
+        recipe: how its authors train.
+        official_args: of timm's ``create_model``, for the authors' checkpoints.
+        done: share of a training that is over; whoever trains sets it.
+        decided: a method that learns by reward decides instead of drawing; whoever trains sets it.
     """
 
-    where: ClassVar[Literal["before", "after"]] = "after"
+    where: ClassVar[Literal["before", "after", "q_rows"]] = "after"
     proportional: ClassVar[bool] = False
     needs_class_token: ClassVar[bool] = False
     keeps_order: ClassVar[bool] = False
     drops: ClassVar[bool] = False
+    watches: ClassVar[bool] = False
+    grid: ClassVar[bool] = False
+    rewarded: ClassVar[bool] = False
+    any_size: ClassVar[bool] = True
+    stand_in: ClassVar[str | None] = None
+    recipe: ClassVar[Recipe] = Recipe()
+    official_args: ClassVar[Mapping[str, Any]] = {}
     schedules: ClassVar[Mapping[str, Schedule]] = {}
+    done: float = 1.0
+    decided: bool = False
 
     def __init__(self, place: Place = NOWHERE) -> None:
         super().__init__()
@@ -56,13 +129,56 @@ class Reducer(nn.Module, ABC):
     def fewest(patches: int, prefix: int) -> int:
         """The fewest patch tokens that one application can leave of ``patches``, at least 1."""
 
+    @classmethod
+    def reaches(cls, patches: int, left: int, prefix: int) -> bool:
+        """Whether one application can turn ``patches`` into fewer, ``left``."""
+        fewest = cls.fewest(patches, prefix)
+        return left < patches and (left == fewest if cls.grid else left >= fewest)
+
+    @staticmethod
+    def again(block: int, depth: int) -> bool:
+        """Whether a block acts even where no patch leaves, once some have left: it chooses others."""
+        return False
+
+    def keep_anyway(self, state: TokenState) -> int | None:
+        """What ``forward`` is to leave in a block whose count is not told; None: it is not called there."""
+        return None
+
+    def watch(self, state: TokenState, attention: AttentionView) -> TokenState:
+        """What to remember of a block's attention, for methods that watch."""
+        return state
+
     @abstractmethod
-    def forward(self, state: TokenState, attention: AttentionView, keep: int) -> TokenState:
+    def forward(self, state: TokenState, attention: Any, keep: int) -> TokenState:
         """Leave ``keep`` patch tokens behind the prefix, ``fewest(...) <= keep <= N - prefix``.
 
+        ``attention`` is an ``AttentionView``; None for methods that act before it.
         Nothing changes where ``keep == N - prefix``. Under export ``keep`` and N may be symbolic: no branch may
         depend on them (``leaves_all`` is False then), and each operation must be one that TensorRT-RTX parses.
+        While a method with weights trains, all tokens stay, and ``policy`` and ``penalty`` of the state say more.
         """
+
+    @classmethod
+    def calibrated(cls, model: Any, images: Tensor) -> dict[str, Tensor]:
+        """What the method must find out about a dense ``Vit`` beforehand, by names in the model with the method.
+
+        Args:
+            images: calibration images [M, channels, height, width].
+        """
+        return {}
+
+    @classmethod
+    def official(cls, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The authors' checkpoint as timm names its weights, and the method's own by their names in a ``Vit``.
+
+        Raises:
+            InputError: it is no checkpoint of this method.
+        """
+        return dict(weights), {}
+
+    def macs(self, patches: int) -> int:
+        """Multiply-accumulates of the method's own weights for ``patches`` that come in."""
+        return 0
 
 
 def stepwise(leaves: Callable[[int, int, int], int]) -> Schedule:
@@ -81,6 +197,12 @@ def stepwise(leaves: Callable[[int, int, int], int]) -> Schedule:
 def thrice(depth: int) -> set[int]:
     """The blocks of a model of ``depth`` in which several methods act: the fourth, seventh and tenth of twelve."""
     return {depth * quarter // 4 for quarter in (1, 2, 3)}
+
+
+def blocks_in(weights: Mapping[str, Tensor]) -> int:
+    """The number of blocks of a model whose weights are named as timm's."""
+    found = (re.match(r"blocks\.(\d+)\.", name) for name in weights)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
 def leaves_all(keep: int, patches: int) -> bool:

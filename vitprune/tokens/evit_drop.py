@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from ..model.state import AttentionView, TokenState
 from .base import Reducer, Schedule, gather_tokens, leaves_all, stepwise, thrice
@@ -42,8 +41,4 @@ class EViTDrop(Reducer):
         if leaves_all(keep, patches):
             return state
         kept = attention.class_row().mean(1)[:, prefix:].topk(patches, dim=1).indices[:, :keep]
-
-        def left(tokens: Tensor) -> Tensor:
-            return torch.cat([tokens[:, :prefix], gather_tokens(tokens[:, prefix:], kept)], dim=1)
-
-        return state._replace(x=left(state.x), source=None if state.source is None else left(state.source))
+        return state.select(lambda of: torch.cat([of[:, :prefix], gather_tokens(of[:, prefix:], kept)], dim=1))
