@@ -176,7 +176,8 @@ def test_inspect_says_what_it_knows_of(tmp_path, capsys):
 
 def reducing(folder, method="tome"):
     """An output folder of a model that reduces tokens twice; only what visualize reads."""
-    model = tiny.tiny_vit(**({"keep": {0: 30, 1: 20}, "reducer": method} if method else {}))
+    keep = {1: 28, 2: 16} if method == "cait" else {1: 30, 2: 20}  # a grid of 7 x 7, merged twice
+    model = tiny.tiny_vit(depth=3, **({"keep": keep, "reducer": method} if method else {}))
     save_vit(model, folder, "model")
     write_manifest(folder, files=["model.json", "model.safetensors"])
     return folder

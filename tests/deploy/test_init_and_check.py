@@ -137,7 +137,9 @@ def test_check_finds_nothing_wrong_with_what_can_be_built_and_estimates_the_time
     found = json.loads(capsys.readouterr().out)
     assert found["problems"] == []
     assert found["images"] == {"calibration": 16, "recovery": 82, "test": 82}
-    assert found["token_methods"] == ["evit", "evit_drop", "pitome", "tome"]
+    assert found["token_methods"] == [
+        "ats_fixed", "diffrate", "evit", "evit_drop", "pitome", "psvit", "tome", "zero_tprune",
+    ]  # fmt: skip
     assert found["folder"] == "out/tiny"
     seconds = found["estimated_seconds"]
     assert seconds.keys() == {"measure", "losses", "search", "recover", "export", "engines", "validate"}
@@ -156,7 +158,7 @@ def test_check_tells_all_independent_problems_at_once(capsys):
     assert len(lines) == 4
     assert "CUDAExecutionProvider" in lines[1]
     assert any("cow" in line or "dog" in line for line in lines)
-    assert any("prune.tokens.method evit scores by the class token" in line for line in lines)
+    assert any("prune.tokens.method: evit scores patches by the class token" in line for line in lines)
 
 
 def test_check_refuses_a_floor_of_top_1_where_an_image_lies_in_no_class_folder(capsys):

@@ -204,11 +204,15 @@ def test_the_cost_of_a_reduction_is_what_it_adds_to_the_same_attention():
             part("mlp", 49, 64): 4.0,
             part("attention", 49, 4, False, "evit", 25): 3.25,
             part("attention", 49, 4, True, "tome", 25): 4.25,
-        }
+            part("attention", 25, 4): 1.5,
+            part("attention", 49, 4, False, "early", 25): 1.75,
+        },
+        replace(REQUEST, methods=(EVIT, TOME, EVIT._replace(name="early", where="before"))),
     )
-    assert times.reduce == {"evit": {(49, 25): 0.25}, "tome": {(49, 25): 0.75}}
+    # in front of a block a method spares its attention tokens, and is charged beside that of those that are left
+    assert times.reduce == {"evit": {(49, 25): 0.25}, "tome": {(49, 25): 0.75}, "early": {(49, 25): 0.25}}
     assert (times.stem_ms, times.head, times.attn, times.attn_sized, times.mlp) == (
-        1.0, {49: 0.5}, {(49, 4): 3.0}, {(49, 4): 3.5}, {(49, 64): 4.0})  # fmt: skip
+        1.0, {49: 0.5}, {(49, 4): 3.0, (25, 4): 1.5}, {(49, 4): 3.5}, {(49, 64): 4.0})  # fmt: skip
 
 
 def test_reductions_are_measured_only_where_one_application_can_do_them(model):

@@ -149,7 +149,7 @@ def test_an_engine_other_than_the_one_of_the_export_is_compared_with_torch(profi
 def test_of_many_token_methods_those_go_on_that_lose_least_at_the_same_counts():
     dense, pictures = tiny.tiny_vit(depth=4), tiny.images(8)
     names = ["evit", "evit_drop", "pitome", "tome"]
-    losses = screen.one_schedule(dense, names, pictures)
+    losses = screen.one_schedule(dense, {name: {} for name in names}, pictures)
     assert all(0 < loss < 10 for loss in losses.values())
     with torch.no_grad():
         slim = reduce_tokens(dense, "evit_drop", {1: 34, 2: 24, 3: 17})  # 0.7 of 49, of 34 and of 24
@@ -165,6 +165,7 @@ def test_the_methods_that_are_searched_are_two_at_most(tmp_path, asked, searched
     bench = SimpleNamespace(
         candidates=lambda: [TokenMethod.of(name, kinds[name]) for name in names],
         dense=tiny.tiny_vit(depth=4), search_images=tiny.images(8), shows=SimpleNamespace(say=lines.append),
+        profile=SimpleNamespace(model=SimpleNamespace(checkpoint_format=None)),
     )  # fmt: skip
     screen.screen(bench, tmp_path)
     found = json.loads((tmp_path / "methods.json").read_text())

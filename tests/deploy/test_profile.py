@@ -138,7 +138,7 @@ sead: 3
         ("device: {memory_mb: 100}\nbudget: {memory_mb: 200}", "budget.memory_mb: exceeds device.memory_mb"),
         ("budget: {percentile: 99}\nvalidation: {runs: 100}", "validation.runs: must be at least 1000 for the 99th"),
         ("prune: {tokens: {levels: [0.5, 1.5]}}", "prune.tokens.levels.1: must be <= 1, got 1.5"),
-        ("prune: {tokens: {method: [evit, tomee]}}", "prune.tokens.method.1: must be one of evit, "),
+        ("prune: {tokens: {method: [evit, tomee]}}", "prune.tokens.method.1: must be one of ats_fixed, "),
         ("prune: {tokens: {schedule: published-0.7}}", "prune.tokens.schedule: belongs to one token method"),
         ("prune: {tokens: {method: evit, schedule: {3: 0}}}", "prune.tokens.schedule.3: must be >= 1, got 0"),
         ("prune: {tokens: {method: evitt}}", "prune.tokens.method: must be one of auto, none, "),

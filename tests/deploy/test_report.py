@@ -286,7 +286,7 @@ def test_survivors_of_evit_are_the_patches_that_the_class_token_attends_to_most(
     model, pixels = tiny_vit(depth=3, keep={0: 30, 2: 10}, reducer="evit"), images(2)
     first, second, third = survivors(model, pixels)
     with torch.no_grad():
-        _, view = model.blocks[0].attend(model.embed(pixels))
+        *_, view = model.blocks[0].attend(model.embed(pixels))
         row = (view.q[:, :, 0:1] @ view.k.transpose(-2, -1) * view.scale).softmax(-1).mean(1)[:, 0, 1:].tolist()
     for image in range(2):
         ranked = sorted(range(49), key=lambda patch: -row[image][patch])
@@ -303,7 +303,7 @@ def test_survivors_of_tome_are_the_regions_that_its_matching_merges():
     model, pixels = tiny_vit(depth=2, keep={0: 40, 1: 25}, reducer="tome"), images(1)
     first, second = survivors(model, pixels)
     with torch.no_grad():
-        _, view = model.blocks[0].attend(model.embed(pixels))
+        *_, view = model.blocks[0].attend(model.embed(pixels))
     keys = view.k.mean(1)[0]
     keys = keys / keys.norm(dim=-1, keepdim=True)
     even, odd = range(2, 50, 2), range(1, 50, 2)  # the class token is at 0

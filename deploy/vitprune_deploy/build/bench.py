@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vitprune.search.counts import TokenMethod
 
 RANKINGS = "rankings"  # in the folder of the stage that measures losses
+METHOD_WEIGHTS = "-weights.safetensors"  # behind a token method's name: in the stage that found them
 METHODS = "methods.json"  # in the folder of the stage that chooses token methods
 
 
@@ -64,6 +65,22 @@ class Bench:
     def pruned(self) -> Vit:
         """The model that is shipped, in eval mode, once the stage ``recover`` is done."""
         return load_vit(self.folders["recover"], "model")
+
+    def method_weights(self, method: str | None) -> dict[str, Tensor]:
+        """A token method's own weights, as they came with the model or were found out from images; else none."""
+        from safetensors.torch import load_file
+
+        came = method == self.profile.model.checkpoint_format
+        folder = self.folders.get("model" if came else "methods")
+        path = folder / f"{method}{METHOD_WEIGHTS}" if folder else None
+        return load_file(path) if path and path.is_file() else {}
+
+    def token_blocks(self) -> Collection[int] | None:
+        """The blocks that may reduce tokens: those of the profile, or that weights came for; None: all."""
+        asked, came = self.profile.prune.tokens.blocks, self.profile.model.checkpoint_format
+        if asked is None and came is not None:
+            return {int(name.split(".")[1]) for name in self.method_weights(came)} or None
+        return asked
 
     @cached_property
     def preprocess(self) -> Preprocess:
@@ -129,13 +146,17 @@ class Bench:
         return [method for method in found if method.name in kept]
 
     def candidates(self) -> list[TokenMethod]:
-        """The token methods that the profile asks for: none, one, or each that can act on the model.
+        """The token methods that the profile asks for: none, those, or each that can act on the model.
+
+        Of all methods those are left out that need training first, and those that cannot leave any number of tokens.
 
         Raises:
             NotSupported: the one asked for cannot.
+            InputError: it must be trained first, and will not be.
         """
         from vitprune.errors import NotSupported
         from vitprune.search.counts import TokenMethod
+        from vitprune.surgery import check_method
         from vitprune.tokens.base import Reducer
 
         asked, kind = self.profile.prune.tokens.method, Reducer
@@ -143,12 +164,20 @@ class Bench:
             return []
         found, named = [], [asked] if isinstance(asked, str) else asked
         for name in parts.names("vitprune.tokens") if asked == "auto" else named:
-            method = TokenMethod.of(name, parts.load("vitprune.tokens", name, kind))
-            if not method.needs_class_token or self.dense.config.class_token:
-                found.append(method)
-            elif asked != "auto":
-                model = self.profile.model.name
-                raise NotSupported(f"prune.tokens.method {name} scores by the class token, and {model} has none")
+            trained = name == self.profile.model.checkpoint_format
+            method = TokenMethod.of(name, parts.load("vitprune.tokens", name, kind), trained)
+            if asked == "auto" and (method.judged_as != name or method.grid):
+                continue
+            if method.judged_as != name and not self.profile.recover.enabled:
+                raise InputError(f"prune.tokens.method {name} must be trained, and recover.enabled is false")
+            try:
+                for one in (name, method.judged_as):
+                    check_method(one, self.dense.config)
+            except NotSupported as error:
+                if asked == "auto":
+                    continue
+                raise NotSupported(f"prune.tokens.method: {error}") from error
+            found.append(method)
         return found
 
     def schedule(self) -> tuple[int, ...] | None:
@@ -182,10 +211,15 @@ def load_vit(folder: Path, name: str) -> Vit:
 
 def save_vit(model: Vit, folder: Path, name: str) -> None:
     """Write ``name``.json and ``name``.safetensors."""
+    write_json(folder / f"{name}.json", model.config.to_dict())
+    save_weights(model.state_dict(), folder / f"{name}.safetensors")
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write ``weights`` as safetensors."""
     from safetensors.torch import save_file
 
-    write_json(folder / f"{name}.json", model.config.to_dict())
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / f"{name}.safetensors")
+    save_file({name: value.contiguous() for name, value in weights.items()}, path)
 
 
 def write_json(path: Path, value: Mapping[str, Any] | list[Any] | None) -> None:

@@ -92,7 +92,7 @@ def loss_settings(bench: Bench) -> dict[str, Any]:
         "criterion": bench.profile.prune.criterion,
         "probes": bench.profile.search.probe_images,
         "holdout": bench.profile.search.holdout_images,
-        "methods": [method.name for method in bench.token_methods()],
+        "methods": [method.judged_as for method in bench.token_methods()],
     }
 
 
@@ -100,7 +100,7 @@ def survey_losses(bench: Bench, folder: Path) -> None:
     """Measure what each single change costs: of heads and hidden units once, of tokens with each method in question."""
     from vitprune.search.losses import measure_losses, with_token_method
 
-    names = [method.name for method in bench.token_methods()]
+    names = list(dict.fromkeys(method.judged_as for method in bench.token_methods()))
     allowed, probes, rounds = sizes(bench), bench.profile.search.probe_images, max(1, len(names))
     first, _ = measure_losses(
         bench.dense,
@@ -108,13 +108,21 @@ def survey_losses(bench: Bench, folder: Path) -> None:
         allowed,
         criterion=bench.profile.prune.criterion,
         token_method=names[0] if names else None,
+        method_weights=bench.method_weights(names[0]) if names else None,
         probes=probes,
         progress=_nth(bench, 0, rounds),
         store=folder / RANKINGS,
     )
     others = [
         with_token_method(
-            first, name, bench.dense, bench.search_images, allowed, probes=probes, progress=_nth(bench, number, rounds)
+            first,
+            name,
+            bench.dense,
+            bench.search_images,
+            allowed,
+            method_weights=bench.method_weights(name),
+            probes=probes,
+            progress=_nth(bench, number, rounds),
         )
         for number, name in enumerate(names[1:], start=1)
     ]

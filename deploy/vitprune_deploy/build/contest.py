@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,11 +54,11 @@ class Entry:
         from vitprune.search.losses import LossTable, Rankings
         from vitprune.search.problem import Problem
 
-        reducer, wanted = method.name if method else None, bench.profile.search
+        wanted = bench.profile.search
         table = LatencyTable.from_dict(bench.json("measure", "latency_table.json"))
-        losses = LossTable.from_dict(bench.json("losses", losses_file(reducer)))
-        losses = _only_blocks(losses, bench.profile.prune.tokens.blocks)
-        self.bench, self.method, self.name = bench, method, reducer or "none"
+        losses = LossTable.from_dict(bench.json("losses", losses_file(method.judged_as if method else None)))
+        losses = _only_blocks(losses, bench.token_blocks())
+        self.bench, self.method, self.name = bench, method, method.name if method else "none"
         self.problem = Problem(table, losses, method, sizes(bench), schedule=bench.schedule())
         self.rankings = Rankings.load(bench.folders["losses"] / RANKINGS)
         self.effort = Effort(max(1, wanted.evaluations), wanted.max_seconds, seed=bench.profile.seed)
@@ -91,8 +91,9 @@ class Entry:
     def _evaluator(self, images: Tensor) -> Evaluator:
         from vitprune.search.losses import Evaluator
 
-        name = self.method.name if self.method else None
-        return Evaluator(self.bench.dense, self.rankings, images, token_method=name)
+        name = self.method.judged_as if self.method else None
+        weights = self.bench.method_weights(name)
+        return Evaluator(self.bench.dense, self.rankings, images, token_method=name, method_weights=weights)
 
 
 def _dense_ms(bench: Bench, predicted_ms: float) -> float:
@@ -107,7 +108,7 @@ def _tell(bench: Bench, name: str) -> Any:
     )
 
 
-def _only_blocks(losses: Any, blocks: Sequence[int] | None) -> Any:
+def _only_blocks(losses: Any, blocks: Collection[int] | None) -> Any:
     """The losses without those of reducing tokens in other blocks than ``blocks``."""
     if blocks is None:
         return losses

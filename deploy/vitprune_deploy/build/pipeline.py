@@ -61,8 +61,8 @@ STAGES = (
         choose.search_settings, ("torch",), choose.search,
     ),
     Stage(
-        "recover", ("model", "images", "losses", "search"), ("model.json", "model.safetensors", "recovery.json"),
-        make.recover_settings, ("torch",), make.recover_accuracy,
+        "recover", ("model", "images", "methods", "losses", "search"),
+        ("model.json", "model.safetensors", "recovery.json"), make.recover_settings, ("torch",), make.recover_accuracy,
     ),
     Stage(
         "export", ("model", "images", "search", "recover"), ("model.onnx", "dense.onnx", "export.json"),

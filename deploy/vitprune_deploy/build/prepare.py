@@ -12,7 +12,7 @@ from vitprune.errors import InputError
 from ..artifact import canonical_sha256, sha256_file
 from ..data import ImageSet, Preprocess
 from ..profile import Profile
-from .bench import Bench, save_vit, write_json
+from .bench import METHOD_WEIGHTS, Bench, save_vit, save_weights, write_json
 
 
 def model_settings(bench: Bench) -> dict[str, Any]:
@@ -35,6 +35,7 @@ def prepare_model(bench: Bench, folder: Path) -> None:
     import torch
 
     from vitprune.model.timm import from_timm
+    from vitprune.official import from_official
 
     profile = bench.profile
     torch.manual_seed(profile.seed)  # where there are no weights, random ones must be the same in every run
@@ -42,7 +43,12 @@ def prepare_model(bench: Bench, folder: Path) -> None:
     if profile.image_size is not None:
         arguments["img_size"] = profile.image_size
     checkpoint = Path(profile.model.checkpoint) if profile.model.checkpoint else None
-    found = from_timm(profile.model.name, checkpoint=checkpoint, pretrained=profile.model.pretrained, **arguments)
+    name, method = profile.model.name, profile.model.checkpoint_format
+    if method and checkpoint:
+        found, own = from_official(method, name, checkpoint, **arguments)
+        save_weights(own, folder / f"{method}{METHOD_WEIGHTS}")
+    else:
+        found = from_timm(name, checkpoint=checkpoint, pretrained=profile.model.pretrained, **arguments)
     model = found.model
     if is_dynamic(profile):
         model.config = replace(model.config, dynamic_image_size=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bench import METHODS, Bench, write_json
+from .bench import METHOD_WEIGHTS, METHODS, Bench, save_weights, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 SEARCHED_METHODS = 2
 SHARE = 0.7  # of the patches that enter each of three blocks stays: the schedule that EViT and DynamicViT are known by
 IMAGES = 256
+CALIBRATION = 64  # images that a method finds out about the model from
 
 
 def screen_settings(bench: Bench) -> dict[str, Any]:
@@ -27,9 +28,11 @@ def screen_settings(bench: Bench) -> dict[str, Any]:
 
 def screen(bench: Bench, folder: Path) -> None:
     """Choose the token methods that are searched: all, or those that lose least at the same counts."""
-    names, losses = [method.name for method in bench.candidates()], {}
+    judged, losses = {method.name: method.judged_as for method in bench.candidates()}, {}
+    names, weights = list(judged), calibrate(bench, sorted(set(judged.values())), folder)
     if len(names) > SEARCHED_METHODS:
-        losses = one_schedule(bench.dense, names, bench.search_images[:IMAGES])
+        found = one_schedule(bench.dense, weights, bench.search_images[:IMAGES])
+        losses = {name: found[method] for name, method in judged.items()}
         kept = sorted(names, key=lambda name: losses[name])[:SEARCHED_METHODS]
         shown = ", ".join(f"{name} {losses[name]:.4f}" for name in sorted(names, key=lambda name: losses[name]))
         bench.shows.say(f"loss at the same token counts: {shown}; {' and '.join(kept)} are searched")
@@ -37,16 +40,37 @@ def screen(bench: Bench, folder: Path) -> None:
     write_json(folder / METHODS, {"searched": names, "losses": losses})
 
 
-def one_schedule(dense: Vit, names: list[str], images: Tensor) -> dict[str, float]:
-    """Mean loss of ``dense`` on ``images`` with each token method by itself, all at about the same counts."""
+def calibrate(bench: Bench, names: list[str], folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The weights of each token method: those that came with the model, or that it finds out from images."""
+    from vitprune import parts
+    from vitprune.tokens.base import Reducer
+
+    found = {}
+    for name in names:
+        if name == bench.profile.model.checkpoint_format:
+            found[name] = bench.method_weights(name)
+            continue
+        kind = parts.load("vitprune.tokens", name, Reducer)  # type: ignore[type-abstract]
+        found[name] = kind.calibrated(bench.dense, bench.search_images[:CALIBRATION])
+        if found[name]:
+            save_weights(found[name], folder / f"{name}{METHOD_WEIGHTS}")
+    return found
+
+
+def one_schedule(dense: Vit, methods: dict[str, dict[str, Tensor]], images: Tensor) -> dict[str, float]:
+    """Mean loss of ``dense`` on ``images`` with each token method by itself, all at about the same counts.
+
+    Args:
+        methods: the weights of each method by its name.
+    """
     import torch
 
     from vitprune.search.probes import distance
     from vitprune.statistics import batches
     from vitprune.surgery import reduce_tokens
 
-    models = {name: reduce_tokens(dense, name, _counts(dense, name)) for name in names}
-    sums = dict.fromkeys(names, 0.0)
+    models = {name: reduce_tokens(dense, name, _counts(dense, name), weights) for name, weights in methods.items()}
+    sums = dict.fromkeys(methods, 0.0)
     with torch.no_grad():
         for batch in batches(dense, images):
             wanted = dense(batch)
@@ -63,6 +87,7 @@ def _counts(dense: Vit, name: str) -> dict[int, int]:
     kind = parts.load("vitprune.tokens", name, Reducer)  # type: ignore[type-abstract]
     patches, counts = dense.config.patches, {}
     for block in sorted(thrice(len(dense.config.blocks))):
-        patches = max(kind.fewest(patches, dense.config.prefix), round(SHARE * patches))
+        fewest = kind.fewest(patches, dense.config.prefix)
+        patches = fewest if kind.grid else max(fewest, round(SHARE * patches))
         counts[block] = patches
     return counts

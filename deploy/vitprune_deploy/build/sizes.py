@@ -32,8 +32,25 @@ def sizes(bench: Bench) -> Sizes:
         patches = ladder(config.patches, levels, max(1, config.patches // FEWEST_PATCHES))
     else:
         patches = tuple(sorted({max(1, round(config.patches * share)) for share in (1.0, *levels)}, reverse=True))
+    if schedule is None:
+        patches = _with_folds(patches, bench)
     prefix_only = [0] if may.last_block == "prefix" and config.reads_prefix_only else []
     return Sizes((*heads, *removal), (*units, *removal), (*patches, *prefix_only))
+
+
+def _with_folds(patches: tuple[int, ...], bench: Bench) -> tuple[int, ...]:
+    """``patches``, and the counts that a grid method can leave; these alone where there is no other method."""
+    config, methods = bench.dense.config, bench.token_methods()
+    folds = {config.patches}
+    for method in methods:
+        while method.grid and min(folds) * FEWEST_PATCHES > config.patches:
+            fewer = method.fewest(min(folds), config.prefix)
+            if fewer in folds:
+                break
+            folds.add(fewer)
+    if methods and all(method.grid for method in methods):
+        return tuple(sorted(folds, reverse=True))
+    return tuple(sorted({*patches, *folds}, reverse=True)) if len(folds) > 1 else patches
 
 
 def _unit_step(units: int, multiple: int) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from vitprune.errors import VitpruneError
+from vitprune.errors import InputError, VitpruneError
 
 from ..console import Console
 from ..data import Augmented
@@ -21,10 +21,11 @@ from ..profile import load_profile
 from .bench import Bench, load_vit, save_vit, write_json
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from vitprune.model.vit import Vit
+    from vitprune.recover import Batch
+    from vitprune.tokens.base import Recipe
 
+LR = 1e-4  # peak learning rate of our own distillation
 IN_THE_PROCESS = 50_000  # more images than this are decoded by processes of their own
 
 
@@ -34,19 +35,39 @@ def train(bench: Bench, slim: Vit, folder: Path) -> None:
 
     from vitprune.recover import RecoverSettings, recover
 
-    wanted = bench.profile.recover
+    wanted, recipe = bench.profile.recover, published_recipe(bench, slim)
+    lr = wanted.lr or (recipe.lr if recipe else LR)
     found = recover(
         slim,
         bench.dense,
         lambda epoch: batches(bench, epoch),
         bench.calibration,  # all of them: the more, the better they choose among the checks
-        RecoverSettings(wanted.max_steps, wanted.max_seconds, wanted.lr, seed=bench.profile.seed),
+        RecoverSettings(wanted.max_steps, wanted.max_seconds, lr, seed=bench.profile.seed, recipe=recipe),
         progress=bench.shows.progress,
         checkpoint=bench.work / "recovery.pt",
     )
     if PartialState().is_main_process:
         save_vit(found.model, folder, "model")
         write_json(folder / "recovery.json", [check._asdict() for check in found.checks])
+
+
+def published_recipe(bench: Bench, slim: Vit) -> Recipe | None:
+    """What the authors of the model's token method train with, where the profile asks for it.
+
+    Raises:
+        InputError: the profile asks for it, and the plan reduces no tokens; or the images carry no classes.
+    """
+    from vitprune import parts
+    from vitprune.tokens.base import Reducer
+
+    if bench.profile.recover.recipe == "distil":
+        return None
+    if slim.config.reducer is None:
+        raise InputError("recover.recipe is published, and the plan that was found reduces no tokens; use distil")
+    recipe = parts.load("vitprune.tokens", slim.config.reducer, Reducer).recipe  # type: ignore[type-abstract]
+    if recipe.labels and bench.images.recovery.labels is None:
+        raise InputError("recover.recipe is published, which learns classes, and the images for it carry none")
+    return recipe
 
 
 def train_on(processes: int, bench: Bench, slim: Vit, folder: Path) -> None:
@@ -71,14 +92,16 @@ def train_on(processes: int, bench: Bench, slim: Vit, folder: Path) -> None:
         )
 
 
-def batches(bench: Bench, epoch: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+def batches(bench: Bench, epoch: int) -> Iterator[Batch]:
     """One pass over the recovery images, in an order that depends on the seed and the epoch.
 
     Which images they are is told where the same ones come again in the next pass.
     """
     import torch
 
-    wanted = bench.profile.recover
+    from vitprune.recover import Batch
+
+    wanted, labels = bench.profile.recover, bench.images.recovery.labels
     images = Augmented(bench.images.recovery, bench.preprocess, seed=bench.profile.seed, augment=wanted.augment)
     images.set_epoch(epoch)
     loader: Any = torch.utils.data.DataLoader(
@@ -90,7 +113,8 @@ def batches(bench: Bench, epoch: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         num_workers=0 if len(images) < IN_THE_PROCESS else bench.profile.data.workers,
     )
     for pixels, numbers in loader:
-        yield pixels, None if wanted.augment else numbers
+        known = None if labels is None else torch.as_tensor(labels)[numbers]
+        yield Batch(pixels, None if wanted.augment else numbers, known)
 
 
 def main(folder: Path) -> None:

@@ -18,7 +18,7 @@ from vitprune.errors import InputError, NotSupported
 from vitprune.model.config import BlockConfig, VitConfig
 from vitprune.model.state import TokenState
 from vitprune.model.vit import Block, Vit
-from vitprune.tokens.base import Reducer
+from vitprune.tokens.base import Place, Reducer
 
 from ..export.onnx import Axis, export_module
 from ..export.precision import opset_for
@@ -49,7 +49,13 @@ class PieceFiles:
         self._opset = opset_for(precision, runtime)
 
     def attention(
-        self, heads: int, *, sized: bool = False, method: str | None = None, prefix_only: bool = False
+        self,
+        heads: int,
+        *,
+        sized: bool = False,
+        method: str | None = None,
+        step: tuple[int, int] = (0, 0),
+        prefix_only: bool = False,
     ) -> Path:
         """The attention half with norm and residual: ``x`` [batch, tokens, C] to the tokens that are left.
 
@@ -57,11 +63,18 @@ class PieceFiles:
             heads: how many it has.
             sized: a further input ``size`` [batch, tokens, 1] adds its logarithm to the attention.
             method: token method behind it, which leaves as many patches as the further input ``keep`` [keep] is long.
+            step: patches that come in and are left, for methods that merge a grid: these have no input ``keep``.
             prefix_only: the prefix tokens alone ask and are left, as in a last block.
         """
         config = replace(self.block, heads=heads, mlp=0, patches=0 if prefix_only else None)
-        reducer = parts.load("vitprune.tokens", method, Reducer)() if method else None  # type: ignore[type-abstract]
-        half = _AttentionHalf(self._kind(self._model.config, config, reducer), self._model.config.prefix, sized)
+        kind = parts.load("vitprune.tokens", method, Reducer) if method else None  # type: ignore[type-abstract]
+        reducer = kind(Place.of(self._model.config, 0)) if kind else None
+        fixed = step if kind and kind.grid else None
+        prefix = self._model.config.prefix
+        half = _AttentionHalf(self._kind(self._model.config, config, reducer), prefix, sized, fixed and fixed[1])
+        if fixed:
+            example = torch.ones(self._batch, prefix + fixed[0], self._model.config.dim)
+            return self._export(f"attn{heads}_{method}_{fixed[0]}_{fixed[1]}", half, {"x": (example, {})})
         axes = {"x": TOKENS} | ({"size": TOKENS} if sized else {}) | ({"keep": KEEP} if method else {})
         name = f"attn{heads}{'_sized' * sized}{'_' + method if method else ''}{'_prefix' * prefix_only}"
         return self._write(name, half, axes)
@@ -170,20 +183,16 @@ class _Call(nn.Module):
 class _AttentionHalf(nn.Module):
     """Attention of a block with its norm and residual, and the reduction behind it."""
 
-    def __init__(self, block: Block, prefix: int, sized: bool) -> None:
+    def __init__(self, block: Block, prefix: int, sized: bool, keep: int | None = None) -> None:
         super().__init__()
-        self.block, self.prefix, self.sized = block, prefix, sized
+        self.block, self.prefix, self.sized, self.keep = block, prefix, sized, keep
 
     def forward(self, x: Tensor, *more: Tensor) -> Tensor:
         size = more[0] if self.sized else None  # then, if the block reduces tokens, the one that is as long as to keep
-        state = TokenState(x, self.prefix, x.shape[1] - self.prefix, size)
-        out, attention = self.block.attend(state)
-        left = self.block.treated(state)
-        state = left._replace(x=left.x + out)
-        if self.block.reducer is None:
-            return state.x
-        keep = more[-1].shape[0]  # a size, not a value: the graph is static once sizes are fixed
-        return self.block.reducer(state, attention, keep).x
+        state = TokenState(x, self.prefix, x.shape[1] - self.prefix, size, score=x[..., :1])
+        # a size, not a value: the graph is static once sizes are fixed
+        length = None if self.block.reducer is None or self.keep else more[-1].shape[0]
+        return self.block.mix(state, self.keep or length).x
 
 
 def _state(x: Tensor, config: VitConfig) -> TokenState:

@@ -25,7 +25,7 @@ from .pieces import TOKENS, PieceFiles, only_block, spread
 from .protocol import Measurement, Progress
 from .timing import time_both, time_call, without_call
 from .visits import Subject
-from .wholes import Loader, export_whole, fewest, random_counts, slim, subject
+from .wholes import Loader, export_whole, random_counts, reachable, slim, subject
 
 MEASURED = {"tokens": 5, "heads": 4, "mlp": 4}  # levels of each that are measured, spread over all
 LONG_MS = 10.0  # a reference longer than this runs on one image
@@ -137,7 +137,7 @@ def measure_table(
     )
     call_ms = time_call(load(files.nothing(), {TOKENS.name: 1}))
     times = {part: without_call(piece.value_ms, call_ms) for part, piece in zip(parts, pieces, strict=True)}
-    table = LatencyTable.fill(_circumstances(model.config, request, device), levels, _times(times))
+    table = LatencyTable.fill(_circumstances(model.config, request, device), levels, _times(times, request))
     measured = tuple(Whole(plan, one) for plan, one in zip(plans.values(), found, strict=True))
     table = table.fit_correction([Timed(plan, one.value_ms, request.method) for plan, one in measured])
     return Result(table, measured, tuple(pieces))
@@ -251,11 +251,16 @@ def _parts(levels: Levels, request: Request) -> list[_Part]:
     if any(method.proportional for method in request.methods):
         found += [_Part("attention", n, heads[0], sized=True) for n in tokens]  # what sizes add grows as n^2 h
     for method in request.methods:
-        found += [
-            _Part("attention", n, heads[0], method.proportional, method.name, k)
-            for n, k in _steps(method, levels, tokens)
-        ]
-    return found
+        for n, k in _steps(method, levels, tokens):
+            part = _Part("attention", n, heads[0], method.proportional, method.name, k)
+            found += [part, _without(part, method)]
+    return list(dict.fromkeys(found))
+
+
+def _without(part: _Part, method: TokenMethod) -> _Part:
+    """The attention half beside which a reduction is counted: on the tokens that it is charged for in a search."""
+    seen = part.patches if method.where == "after" else part.keep
+    return part._replace(patches=seen, method=None, keep=0)
 
 
 def _grid(
@@ -276,13 +281,10 @@ def _steps(method: TokenMethod, levels: Levels, tokens: Sequence[int]) -> list[t
     Raises:
         InputError: the levels are too far apart for the method.
     """
-
-    def reachable(n: int) -> list[int]:
-        return [k for k in levels.tokens if fewest(method, n, levels.prefix) <= k < n]
-
-    found = [(n, k) for n in tokens if reachable(n) for k in spread(reachable(n), 2)]
+    lower = {n: reachable(method, n, levels) for n in levels.tokens}
+    found = [(n, k) for n in tokens if lower[n] for k in spread(lower[n], 2)]
     if len(found) < STEPS_FITTED:
-        found = [(n, k) for n in levels.tokens for k in reachable(n)]
+        found = [(n, k) for n in levels.tokens for k in lower[n]]
     if not found:
         raise InputError(
             f"{method.name} cannot go from any of the token levels {list(levels.tokens)} to a lower one; give more "
@@ -296,7 +298,8 @@ def _export_parts(files: PieceFiles, parts: Sequence[_Part], progress: Progress 
     paths = []
     for number, part in enumerate(parts):
         if part.kind == "attention":
-            paths.append(files.attention(part.width, sized=part.sized, method=part.method))
+            step = (part.patches, part.keep)
+            paths.append(files.attention(part.width, sized=part.sized, method=part.method, step=step))
         elif part.kind == "last":
             paths.append(files.attention(part.width, prefix_only=True))
         elif part.kind == "mlp":
@@ -324,7 +327,7 @@ def _anchors(levels: Levels, depth: int, request: Request) -> dict[str, Counts]:
         "dense": Counts.dense([heads] * depth, [units] * depth, patches),
         "narrow": Counts.dense([third[0]] * depth, [third[1]] * depth, patches),
     }
-    low = min((n for n in levels.tokens if n >= fewest(request.method, patches, levels.prefix)), default=patches)
+    low = min(reachable(request.method, patches, levels), default=patches)
     if low < patches:
         anchors["early"] = Counts((heads,) * depth, (units,) * depth, (low,) * depth)
     else:
@@ -370,13 +373,14 @@ def _reference(
         return reference, device_fingerprint(loaded.runtime, loaded.provider, request.threads)
 
 
-def _times(times: Mapping[_Part, float]) -> Times:
+def _times(times: Mapping[_Part, float], request: Request) -> Times:
     """The measured parts as the table's type takes them; reductions as differences."""
+    methods = {method.name: method for method in request.methods}
     plain = {part: ms for part, ms in times.items() if part.kind == "attention" and part.method is None}
     reduce: dict[str, dict[tuple[int, int], float]] = {}
     for part, ms in times.items():
         if part.method is not None:
-            without = plain[part._replace(method=None, keep=0)]
+            without = plain[_without(part, methods[part.method])]
             reduce.setdefault(part.method, {})[part.patches, part.keep] = ms - without
     return Times(
         attn={(part.patches, part.width): ms for part, ms in plain.items() if not part.sized},

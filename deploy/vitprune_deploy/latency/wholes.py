@@ -92,17 +92,17 @@ def random_counts(levels: Levels, depth: int, method: TokenMethod | None, rng: n
     cuts = set(rng.choice(depth, size=min(3, depth), replace=False).tolist()) if method else set()
     patches, left = [], levels.tokens[0]
     for block in range(depth):
-        reachable = [n for n in levels.tokens if fewest(method, left, levels.prefix) <= n < left]
-        if block in cuts and reachable:
+        within = reachable(method, left, levels)
+        if block in cuts and within:
             # the upper half of what can be reached, or three cuts would leave nothing of the rest
-            left = int(rng.choice(reachable[: math.ceil(len(reachable) / 2)]))
+            left = int(rng.choice(within[: math.ceil(len(within) / 2)]))
         patches.append(left)
     return Counts(heads, mlp, tuple(patches))
 
 
-def fewest(method: TokenMethod | None, patches: int, prefix: int) -> int:
-    """The fewest patches that one application leaves; all of them without a method."""
-    return patches if method is None else int(method.fewest(patches, prefix))
+def reachable(method: TokenMethod | None, patches: int, levels: Levels) -> list[int]:
+    """The levels that one application leads to from ``patches``, descending; none without a method."""
+    return [] if method is None else [n for n in levels.tokens if method.reaches(patches, n, levels.prefix)]
 
 
 def measure_models(

@@ -232,6 +232,19 @@ def _means_match_deviations(p: Any) -> Iterator[Problem]:
 
 
 @_rule
+def _checkpoint_formats_fit(p: Any) -> Iterator[Problem]:
+    if p.model.checkpoint_format is None:
+        return
+    if p.model.checkpoint is None:
+        yield "model.checkpoint_format", "describes model.checkpoint, which is not given"
+    if p.prune.tokens.method not in (p.model.checkpoint_format, (p.model.checkpoint_format,)):
+        yield (
+            "prune.tokens.method",
+            f"must be {p.model.checkpoint_format}, of which model.checkpoint holds the weights (checkpoint_format)",
+        )
+
+
+@_rule
 def _schedule_has_one_method(p: Any) -> Iterator[Problem]:
     tokens = p.prune.tokens
     if tokens.schedule is not None and tokens.method in ("auto", "none"):

@@ -43,6 +43,10 @@ class Model(Section):
         default={}, description="further arguments of timm.create_model, such as img_size"
     )
     checkpoint: ProfilePath | None = Field(default=None, description="weights to start from: .safetensors, .pth or .pt")
+    checkpoint_format: OneTokenMethod | None = Field(
+        default=None,
+        description="the token method whose authors wrote the checkpoint, in their layout; null: timm's or DeiT's",
+    )
     pretrained: bool = Field(
         default=True,
         description="load timm's published weights where no checkpoint is given; false: random, to time a shape",
@@ -238,7 +242,8 @@ class Tokens(Section):
 
     method: TokenMethod | tuple[OneTokenMethod, ...] = Field(
         default="auto",
-        description="one, or a list; auto: all; of many, the two that lose least are searched; none keeps all tokens",
+        description="one, or a list; auto: all that need no training; of many, the two that lose least are searched; "
+        "none keeps all tokens",
     )
     schedule: str | dict[Annotated[int, Field(ge=0, le=1000)], Count] | None = Field(
         default=None,
@@ -328,7 +333,13 @@ class Recover(Section):
     enabled: bool = Field(default=True, description="whether the pruned model is trained")
     max_steps: Count = Field(default=300, description="optimiser steps after which it stops")
     max_seconds: Seconds | None = Field(default=None, description="seconds after which it stops; null: no limit")
-    lr: Annotated[float, Field(gt=0, le=10)] = Field(default=1e-4, description="peak learning rate of AdamW")
+    recipe: Literal["distil", "published"] = Field(
+        default="distil",
+        description="distil: learn the unpruned model's answers; published: what the token method's authors train with",
+    )
+    lr: Annotated[float, Field(gt=0, le=10)] | None = Field(
+        default=None, description="peak learning rate of AdamW; null: 1e-4 for distil, the recipe's for published"
+    )
     batch: Annotated[int, Field(ge=1, le=65_536)] = Field(default=32, description="images in a step")
     augment: bool = Field(default=True, description="mirror and shift the images")
 
