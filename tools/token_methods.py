@@ -22,8 +22,16 @@ PAGE = Path(__file__).parent.parent / "vitprune" / "tokens" / "README.md"
 ABOVE = """# Token methods
 
 Each file of this folder is one method; its name is what a profile calls `prune.tokens.method`. Written by
-`tools/token_methods.py`. A model has one token method, beside any pruning of heads, MLP width and depth. None of these
-needs training, all work in a recovery training, and all have static counts in the exported graph, with a free batch.
+`tools/token_methods.py`. A model has one token method, beside any pruning of heads, MLP width and depth: each is a
+family of its own, and a plan with two of them is refused. Blocks whose heads were pruned score by those that are left.
+All have static counts in the exported graph, with a free batch.
+
+- *acts*: `after` between attention and MLP; `before` in front of the block; `q_rows` inside attention, where the
+  patches that are left ask and all are read.
+- *trained*: the method has weights that choose at random until they are trained. A search measures losses with the
+  method that is named there in its place, and recovery trains the weights: by distillation, or with
+  `recover.recipe: published` as the authors do. The others work as they come, and in any training.
+- `model.checkpoint_format` reads the authors' checkpoints of `dynamicvit`, `evit`, `evovit`, `spvit` and `diffrate`.
 
 ```python
 from vitprune.model.timm import from_timm
@@ -33,7 +41,10 @@ slim = reduce_tokens(from_timm("deit_small_patch16_224").model, "evit", "publish
 ```
 
 """
-HEAD = ("method", "what it does", "source", "class token", "order kept", "sizes in attention", "schedules", "adds")
+HEAD = (
+    "method", "what it does", "source", "acts", "trained", "class token", "order kept", "sizes in attention",
+    "schedules", "adds",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -59,6 +70,8 @@ def row(name: str) -> tuple[str, ...]:
         f"`{name}`",
         what,
         f"[{found[1]}]({found[2]})",
+        kind.where,
+        f"needed; until then `{kind.stand_in}`" if kind.stand_in else "not needed",
         "needed" if kind.needs_class_token else "not needed",
         "yes" if kind.keeps_order else "no",
         "yes" if kind.proportional else "no",
@@ -78,7 +91,7 @@ def added(name: str) -> Counter[str]:
 
 
 def config(method: str | None) -> VitConfig:
-    blocks = tuple(BlockConfig(2, 8, 8, 8**-0.5, 16, 30 if method and i == 0 else None) for i in range(2))
+    blocks = tuple(BlockConfig(2, 8, 8, 8**-0.5, 16, 28 if method and i == 1 else None) for i in range(2))
     return VitConfig(
         image_size=(28, 28), patch_size=(4, 4), channels=3, dim=16, classes=3, blocks=blocks, reducer=method
     )

@@ -191,3 +191,48 @@ def test_a_schedule_is_what_the_built_model_keeps(profile_path, tmp_path):
     assert plan.reducer == "pitome"
     assert [block.patches for block in plan.blocks] == [40, 30, None]
     assert manifest.parity.max_abs <= 1e-4
+
+
+@pytest.mark.parametrize(("method", "recipe"), [("dynamicvit", "published"), ("ia_red2", "distil"), ("cait", "distil")])
+def test_methods_with_weights_are_searched_trained_and_exported(profile_path, tmp_path, method, recipe):
+    tokens_alone = [f"prune={{heads: {{enabled: false}}, mlp: {{enabled: false}}, depth: {{enabled: false}}, "
+                    f"tokens: {{method: {method}, levels: 5}}, last_block: full}}"]  # fmt: skip
+    profile = load_profile(profile_path, [*tokens_alone, "budget.speedup=1.2", f"recover.recipe={recipe}"])
+    manifest = build(profile, tmp_path / "out", Console(quiet=True))
+    plan = Plan.from_dict(yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text()))
+    assert plan.reducer == method
+    assert manifest.parity.max_abs <= 1e-4
+    assert manifest.pruned.params > manifest.dense.params  # the method's own weights
+    log = json.loads(next((tmp_path / "out" / ".work").glob("recover-*/recovery.json")).read_text())
+    assert log[-1]["step"] == profile.recover.max_steps
+
+
+def test_an_official_checkpoint_is_built_with_its_own_weights(profile_path, tmp_path):
+    import timm
+    import torch
+    from safetensors.torch import load_file
+
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 3}
+    weights = timm.create_model("vit_tiny_patch16_224", **sizes).state_dict()
+    shapes = {
+        "in_conv.0": (48,),
+        "in_conv.1": (48, 48),
+        "out_conv.0": (24, 48),
+        "out_conv.2": (12, 24),
+        "out_conv.4": (2, 12),
+    }
+    for stage in range(3):  # of three blocks: in front of the first, second and third
+        for name, shape in shapes.items():
+            weights[f"score_predictor.{stage}.{name}.weight"] = torch.randn(shape)
+            weights[f"score_predictor.{stage}.{name}.bias"] = torch.randn(shape[0])
+    torch.save({"model": weights}, tmp_path / "dynamicvit.pth")
+    theirs = [f"model.checkpoint={tmp_path / 'dynamicvit.pth'}", "model.checkpoint_format=dynamicvit",
+              "prune={tokens: {method: dynamicvit, schedule: {0: 40, 2: 20}}, last_block: full}",
+              "recover.enabled=false", "search.landings=0"]  # fmt: skip
+    build(load_profile(profile_path, theirs), tmp_path / "out", Console(quiet=True))
+    built = load_file(tmp_path / "out" / "model.safetensors")
+    for block in (0, 2):
+        for ours, official in (("norm", "in_conv.0"), ("inner", "in_conv.1"), ("outer.4", "out_conv.4")):
+            found = built[f"blocks.{block}.reducer.{ours}.weight"]
+            assert torch.equal(found, weights[f"score_predictor.{block}.{official}.weight"])

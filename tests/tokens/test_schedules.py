@@ -23,6 +23,18 @@ TABLES = {
     ("evit", "published-0.6"): [197] * 3 + [120] * 3 + [74] * 3 + [46] * 3,
     ("evit", "published-0.5"): [197] * 3 + [100] * 3 + [52] * 3 + [28] * 3,
     ("evit_drop", "published-0.7"): [197] * 3 + [139] * 3 + [98] * 3 + [69] * 3,
+    ("dynamicvit", "published-0.9"): [197] * 3 + [177] * 3 + [159] * 3 + [143] * 3,
+    ("dynamicvit", "published-0.8"): [197] * 3 + [157] * 3 + [126] * 3 + [101] * 3,
+    ("dynamicvit", "published-0.7"): [197] * 3 + [138] * 3 + [97] * 3 + [68] * 3,
+    ("dynamicvit", "published-0.5"): [197] * 3 + [99] * 3 + [50] * 3 + [25] * 3,
+    ("evovit", "published-0.5"): [197] * 4 + [99] * 8,
+    ("spvit", "published-0.617"): [197] * 3 + [123] * 3 + [75] * 3 + [31] * 3,
+    ("spvit", "published-0.7"): [197] * 3 + [139] * 3 + [99] * 3 + [71] * 3,
+    ("diffrate", "published-s-2.3"): [197, 180, 156, 127, 109, 98, 80, 66, 52, 37, 31, 3],
+    ("diffrate", "published-s-2.9"): [197, 194, 176, 156, 141, 133, 121, 107, 88, 64, 56, 3],
+    ("diffrate", "published-s-3.1"): [197, 196, 186, 164, 150, 141, 133, 121, 103, 78, 68, 3],
+    ("diffrate", "published-b-8.7"): [197, 178, 162, 141, 115, 96, 78, 60, 47, 21, 13, 3],
+    ("diffrate", "published-b-11.5"): [197, 197, 192, 178, 158, 145, 127, 111, 94, 50, 35, 3],
     ("tome", "published-r8"): [189, 181, 173, 165, 157, 149, 141, 133, 125, 117, 109, 101],
     ("tome", "published-r13"): [184, 171, 158, 145, 132, 119, 106, 93, 80, 67, 54, 41],
     ("tome", "published-r16"): [181, 165, 149, 133, 117, 101, 85, 69, 53, 37, 21, 11],
@@ -40,6 +52,14 @@ GMACS = {
     ("evit", "published-0.6"): 2.641,
     ("evit", "published-0.5"): 2.314,
     ("evit_drop", "published-0.7"): 3.003,
+    ("dynamicvit", "published-0.9"): 4.050,
+    ("dynamicvit", "published-0.8"): 3.471,
+    ("dynamicvit", "published-0.7"): 2.988,
+    ("dynamicvit", "published-0.5"): 2.234,
+    ("evovit", "published-0.5"): 3.039,
+    ("diffrate", "published-s-2.3"): 2.327,
+    ("diffrate", "published-s-2.9"): 2.905,
+    ("diffrate", "published-s-3.1"): 3.108,
     ("tome", "published-r8"): 3.428,
     ("tome", "published-r13"): 2.712,
     ("tome", "published-r13-decreasing"): 2.119,
@@ -66,6 +86,8 @@ def test_deit_small_costs_what_was_published(case):
     [
         (("evit", "published-0.7"), 12, 201),  # ceil(0.7 * 576) + 1 = 405, then 285, then 201
         (("evit_drop", "published-0.7"), 12, 199),  # 404, 283, 199
+        (("dynamicvit", "published-0.7"), 12, 197),  # int(576 * 0.7 ** 3)
+        (("evovit", "published-0.5"), 12, 288),
         (("tome", "published-r23"), 24, 24),  # 576 - 24 * 23
         (("pitome", "published-0.9"), 2, 468),  # 576 - 57, then 519 - 51 (of 51.9)
     ],
@@ -114,5 +136,5 @@ def test_a_schedule_that_cannot_be_is_one_sentence(method, wanted, says):
 
 @pytest.mark.parametrize("method", ["evit", "evit_drop"])
 def test_a_model_without_a_class_token_is_refused_where_the_method_scores_by_it(method):
-    with pytest.raises(NotSupported, match="this model has no class token; use pitome or tome"):
+    with pytest.raises(NotSupported, match="this model has no class token; use cait or pitome or tome or zero_tprune"):
         reduce_tokens(tiny_vit(class_token=False, pool="avg"), method, {0: 30})

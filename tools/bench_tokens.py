@@ -1,0 +1,86 @@
+"""Every token method at the same measured speed-ups of one model: as it comes, and after the same short training.
+
+    python tools/bench_tokens.py --out /tmp/tokens
+    python tools/bench_tokens.py --out /tmp/tokens --methods evit tome --speedups 2
+
+Each row is a build of the profile with that token method alone: heads, MLP and depth stay whole, counts are searched on
+this device, and the engine is judged on the whole test set. A method whose weights must be trained has no row as it
+comes. Finished rows stay in OUT/rows.jsonl: run it again after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from _common import Rows, open_profile, searched, settings_of
+from vitprune import parts
+from vitprune.tokens.base import Reducer
+from vitprune_deploy.latency.fingerprint import machine_state
+
+TOKENS_ALONE = ["prune.heads.enabled=false", "prune.mlp.enabled=false", "prune.depth.enabled=false"]
+SHORT = [
+    "prune.tokens.levels=24",
+    "search.max_seconds=20",
+    "recover.max_seconds={recovery}",
+    "validation.max_seconds=30",
+    "validation.parity_images=8",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", default="quickstart")
+    parser.add_argument("--methods", nargs="+", default=parts.names("vitprune.tokens"))
+    parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0])
+    parser.add_argument("--recovery", type=float, default=60.0, help="seconds of training")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as vitprune-deploy takes it")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    short = [text.format(recovery=options.recovery) for text in SHORT]
+    overrides = [*TOKENS_ALONE, *short, *options.set]
+    rows = Rows(options.out / "rows.jsonl", settings_of(open_profile(options.profile, overrides, 2.0)))
+    for name in options.methods:
+        learns = parts.load("vitprune.tokens", name, Reducer).stand_in is not None
+        for speedup in options.speedups:
+            for trained in (True,) if learns else (False, True):
+                method = [f"prune.tokens.method={name}", f"recover.enabled={str(trained).lower()}"]
+                make = partial(row, options, [*overrides, *method], speedup, options.out.resolve() / name)
+                found = rows.get(f"{name} {speedup:g}x {'trained' if trained else 'as it comes'}", make)
+                print(line(found), flush=True)
+    print(f"\n{HEAD}\n" + "\n".join(line(found) for found in rows.rows.values()))
+
+
+def row(options: argparse.Namespace, overrides: list[str], speedup: float, folder: Path) -> dict[str, Any]:
+    """One build, and what became of it."""
+    bench = searched(open_profile(options.profile, overrides, speedup), folder, until="validate")
+    found, search = bench.json("validate", "figures.json"), bench.json("search", "search.json")
+    times = found["dense_latency"], found["pruned_latency"]
+    return {
+        "top1": found["accuracy"]["pruned"]["percent"],
+        "dense_top1": found["accuracy"]["dense"]["percent"],
+        "agreement": found["accuracy"]["agreement"]["percent"],
+        "speedup": times[0]["p50"] / times[1]["p50"],
+        "ms": times[1]["p50"],
+        "predicted": search["dense_ms"] / search["chosen"]["predicted_ms"],
+        "patches": search["chosen"]["counts"]["patches"],
+        "drift": times[0]["reference_drift"],
+        "machine": machine_state(),
+    }
+
+
+HEAD = f"{'row':32} {'top-1':>6} {'agree':>6} {'speed-up':>8} {'predicted':>9} {'ms':>7} {'drift':>6}  patches"
+
+
+def line(found: dict[str, Any]) -> str:
+    return (
+        f"{found['row']:32} {found['top1']:6.2f} {found['agreement']:6.2f} {found['speedup']:8.3f} "
+        f"{found['predicted']:9.3f} {found['ms']:7.2f} {100 * found['drift']:5.0f}%  {found['patches']}"
+    )
+
+
+if __name__ == "__main__":
+    main()
