@@ -13,6 +13,7 @@ from tiny import images, tiny_vit
 from vitprune.search.counts import Counts
 from vitprune.search.frontier import Point
 from vitprune.search.latency import Circumstances, LatencyTable, Levels, Pieces
+from vitprune.surgery import reduce_tokens
 from vitprune_deploy.build.judge import reasons
 from vitprune_deploy.report import charts, figures, words
 from vitprune_deploy.report.facts import Facts, Frame, ModelFacts, Picture, Whole
@@ -318,6 +319,22 @@ def test_survivors_of_tome_are_the_regions_that_its_matching_merges():
         assert len(set(second.holder[0][first.holder[0] == token])) == 1
 
 
+def test_patches_that_wait_are_parked_until_they_are_chosen_again():
+    model = reduce_tokens(tiny_vit(depth=6), "evovit", {2: 20})
+    maps = survivors(model, images(2))
+    for one in maps[2:]:
+        assert (one.parked.sum(1) == 29).all()
+        assert np.array_equal(one.holder >= 0, ~one.parked)  # a patch is held, or waits
+    assert np.array_equal(maps[2].parked, maps[3].parked)
+    assert not maps[1].parked.any()
+    captions = [
+        frame.caption for frame in pictures(model, images(1), mean=(0.5,) * 3, std=(0.5,) * 3, names=["a"])[0].frames
+    ]
+    assert captions[1] == "after block 2: 20 of 49 tokens"
+    chosen_anew = not np.array_equal(maps[3].parked[:1], maps[4].parked[:1])
+    assert len(captions) == 2 + chosen_anew
+
+
 def test_survivors_of_a_model_that_keeps_all_tokens_are_the_patches_themselves():
     (only,) = survivors(tiny_vit(depth=1), images(1))
     assert only.holder.tolist() == [list(range(49))]
@@ -327,12 +344,15 @@ def test_survivors_of_a_model_that_keeps_all_tokens_are_the_patches_themselves()
 def test_pictures_darken_what_is_gone_tint_what_is_fused_and_paint_regions_in_their_mean():
     pixels = np.zeros((2, 4, 3), np.uint8)
     pixels[:, 0], pixels[:, 1], pixels[:, 2:] = 100, 200, 250
-    drawn = draw(pixels, np.array([0, 0, -1, -1]), np.array([False, False, False, True]), (2, 1))
+    drawn = draw(pixels, np.array([0, 0, -1, -1]), np.array([False, False, False, True]), np.zeros(4, bool), (2, 1))
     wide = drawn.shape[1] // 4
     middle = [drawn[drawn.shape[0] // 2, int((i + 0.5) * wide)].tolist() for i in range(4)]
     assert middle[0] == middle[1] == [150, 150, 150]
     assert middle[2] == [int(250 * DARK)] * 3
     assert middle[3][0] > middle[3][2]  # orange
+    waiting = draw(pixels, np.array([0, 0, -1, 2]), np.zeros(4, bool), np.array([False, False, True, False]), (2, 1))
+    assert middle[2] != waiting[waiting.shape[0] // 2, int(2.5 * wide)].tolist()
+    assert waiting[0, int(2.5 * wide)][2] > waiting[0, int(2.5 * wide)][0]  # violet
     assert drawn[0, 2 * wide].tolist() != middle[2]  # the border of the region
     assert drawn[0, wide].tolist() == middle[1]  # none inside it
 

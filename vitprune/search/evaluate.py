@@ -64,6 +64,7 @@ class Evaluator:
         if token_method is not None:
             parts.load("vitprune.tokens", token_method, Reducer)  # type: ignore[type-abstract]
         self.halves: dict[tuple[int, Half, int], nn.Module | None] = {}
+        self.reducers: dict[int, Reducer] = {}
         with torch.no_grad():
             self.entering = [model.embed(batch) for batch in batches(model, images)]
             self.dense = [_through(model, state) for state in self.entering]
@@ -134,14 +135,16 @@ class Evaluator:
         block = blocks_of(self.model)[index]
         change: dict[str, Any] = {"attn": self.halves[index, "attn", heads], "mlp": self.halves[index, "mlp", mlp]}
         if keep and self.method is not None:
-            change |= {
-                "reducer": make_reducer(self.method, self.model.config, index, self.method_weights),
-                "keep": keep,
-            }
+            change |= {"reducer": self._reducer(self.method, index), "keep": keep}
         elif index == len(self.model.blocks) - 1 and self.model.config.reads_prefix_only:
             change |= {"prefix_only": True}
         with put_in(block, **change):
             return block(state)
+
+    def _reducer(self, method: str, index: int) -> Reducer:
+        if index not in self.reducers:
+            self.reducers[index] = make_reducer(method, self.model.config, index, self.method_weights)
+        return self.reducers[index]
 
 
 def _through(model: Vit, state: TokenState) -> Tensor:

@@ -24,6 +24,7 @@ SIDE = 168  # pixels to which a smaller image is enlarged; larger ones are made 
 COLOURS = 64
 DARK = 0.2  # brightness left to a patch that no token holds
 FUSED = np.array([214.0, 96.0, 24.0])  # tint of patches that only a mixture still has a share of
+PARKED = np.array([120.0, 120.0, 220.0])  # tint of patches that wait
 BORDER = np.array([0.0, 150.0, 255.0])
 
 
@@ -66,11 +67,12 @@ def strips(
     """
     from .survivors import survivors
 
-    maps, entering = [], model.config.patches
+    maps, entering, parked = [], model.config.patches, None
     for found in survivors(model, images):
-        if found.tokens not in (entering, 0):  # 0: nothing reads the patches behind a last block
+        others = found.parked.any() and not np.array_equal(found.parked, parked)
+        if found.tokens and (others or found.tokens != entering):  # 0: nothing reads the patches behind a last block
             maps.append(found)
-        entering = found.tokens
+        entering, parked = found.tokens, found.parked
     if not maps:
         return
     shown = [maps[i] for i in np.unique(np.linspace(0, len(maps) - 1, most or len(maps)).round().astype(int))]
@@ -80,15 +82,19 @@ def strips(
         frames = [Drawn("the image, as the model gets it", pixels)]
         for one in shown:
             caption = f"after block {one.block}: {one.tokens} of {total} tokens"
-            frames.append(Drawn(caption, draw(pixels, one.holder[number], one.fused[number], patch)))
+            frames.append(
+                Drawn(caption, draw(pixels, *(of[number] for of in (one.holder, one.fused, one.parked)), patch))
+            )
         yield frames
 
 
-def draw(pixels: np.ndarray, holder: np.ndarray, fused: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
+def draw(
+    pixels: np.ndarray, holder: np.ndarray, fused: np.ndarray, parked: np.ndarray, patch: tuple[int, int]
+) -> np.ndarray:
     """``pixels`` [H, W, 3] of 0..255, with merged regions in their mean colour and bordered, and what is gone dark.
 
     Args:
-        holder, fused: [P], as in ``survivors.BlockMap``.
+        holder, fused, parked: [P], as in ``survivors.BlockMap``.
         patch: height and width of a patch, in pixels.
     """
     scale = max(1, math.ceil(SIDE / max(pixels.shape[:2])))
@@ -105,7 +111,8 @@ def draw(pixels: np.ndarray, holder: np.ndarray, fused: np.ndarray, patch: tuple
     means = np.stack([np.bincount(places.ravel(), image[..., c].ravel()) / count for c in range(3)], axis=-1)
     image = np.where(merged[..., None], means[places], image)
     image = np.where((token < 0)[..., None], image * DARK, image)
-    image = np.where(spread(fused)[..., None], 0.7 * image + 0.3 * FUSED, image)
+    for which, tint in ((fused, FUSED), (parked, PARKED)):
+        image = np.where(spread(which)[..., None], 0.7 * image + 0.3 * tint, image)
     return np.where(_borders(token, merged)[..., None], 0.15 * image + 0.85 * BORDER, image).astype(np.uint8)
 
 

@@ -22,12 +22,14 @@ class BlockMap:
         tokens: patch tokens that leave it.
         holder: int64 [B, P], index of the patch token that holds each patch; -1: none does.
         fused: bool [B, P], patches that no token holds but that a mixture (or a prefix token) still has a share of.
+        parked: bool [B, P], patches that no block works on for now, and that may come back.
     """
 
     block: int
     tokens: int
     holder: np.ndarray
     fused: np.ndarray
+    parked: np.ndarray
 
 
 @torch.no_grad()
@@ -57,4 +59,9 @@ def _read(number: int, state: TokenState) -> BlockMap:
         fused = fused | mixture.gather(1, place)
     fused = fused & somewhere
     held = torch.where(somewhere & ~fused, holder, -1)
-    return BlockMap(number, state.x.shape[1] - state.prefix, held.cpu().numpy(), fused.cpu().numpy())
+    parked = torch.zeros_like(fused)
+    if state.parked is not None:
+        assert state.parked.source is not None
+        parked = (state.parked.source > 0).any(dim=1)
+    tokens = state.x.shape[1] - state.prefix
+    return BlockMap(number, tokens, held.cpu().numpy(), fused.cpu().numpy(), parked.cpu().numpy())
