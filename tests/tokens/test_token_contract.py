@@ -21,7 +21,8 @@ from vitprune.tokens.base import Place, Reducer, track_sources
 
 METHODS = parts.names("vitprune.tokens")
 WEIGHTED = {"diffrate"}  # their sizes are no numbers of patches
-FORBIDDEN = {"NonZero", "If", "Loop", "Scan", "Unique", "ScatterElements", "ScatterND", "RandomUniformLike"}
+FORBIDDEN = {"NonZero", "If", "Loop", "Scan", "Unique", "ScatterElements", "ScatterND", "RandomUniform",
+             "RandomUniformLike", "RandomNormal", "RandomNormalLike", "Bernoulli", "Multinomial"}  # fmt: skip
 
 
 def make(name: str, patches: int = 49) -> Reducer:

@@ -50,6 +50,9 @@ NOWHERE = Place()
 class Recipe(NamedTuple):
     """What the authors of a method train their models with, beside the losses of the method itself.
 
+    The defaults are those of EViT's fine-tuning. What the authors do to images (mixup and the like), drop path and
+    averages of weights are no part of it.
+
     Attributes:
         labels: weight of the cross entropy with the images' classes.
         answers: weight of KL(teacher || student).

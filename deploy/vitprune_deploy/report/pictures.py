@@ -82,9 +82,8 @@ def strips(
         frames = [Drawn("the image, as the model gets it", pixels)]
         for one in shown:
             caption = f"after block {one.block}: {one.tokens} of {total} tokens"
-            frames.append(
-                Drawn(caption, draw(pixels, *(of[number] for of in (one.holder, one.fused, one.parked)), patch))
-            )
+            left = draw(pixels, one.holder[number], one.fused[number], one.parked[number], patch)
+            frames.append(Drawn(caption, left))
         yield frames
 
 
