@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 from vitprune import parts
@@ -82,12 +83,14 @@ def row(name: str) -> tuple[str, ...]:
 
 def added(name: str) -> Counter[str]:
     """Nodes that one application adds to an exported model, more than it had."""
+    return nodes(name) - nodes(None)
+
+
+@cache
+def nodes(method: str | None) -> Counter[str]:
+    """Nodes of a small exported model, with the method in it or without any."""
     with tempfile.TemporaryDirectory() as folder:
-        nodes = [
-            Counter(export_onnx(build(config(method)), Path(folder) / "model.onnx", batch=(1, 8)).nodes)
-            for method in (name, None)
-        ]
-    return nodes[0] - nodes[1]
+        return Counter(export_onnx(build(config(method)), Path(folder) / "model.onnx", batch=(1, 8)).nodes)
 
 
 def config(method: str | None) -> VitConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ import tiny
 import torch
 
 from vitprune import parts
-from vitprune.errors import InputError, MissingError
+from vitprune.errors import InputError, MissingError, NotSupported
 from vitprune.search.counts import TokenMethod
 from vitprune.search.probes import kl_to_dense
 from vitprune.surgery import reduce_tokens
@@ -20,7 +21,8 @@ from vitprune.tokens.base import Reducer
 from vitprune_deploy.artifact import sha256_file
 from vitprune_deploy.backends import tensorrt
 from vitprune_deploy.backends._cuda import open_cuda
-from vitprune_deploy.build import judge, make, runtimes, screen
+from vitprune_deploy.build import judge, make, runtimes, screen, training
+from vitprune_deploy.build.bench import Bench
 from vitprune_deploy.profile import load_profile
 
 PROFILE = """\
@@ -175,3 +177,61 @@ def test_the_methods_that_are_searched_are_two_at_most(tmp_path, asked, searched
         assert "are searched" in lines[0]
     else:
         assert found == {"searched": searched, "losses": {}}
+
+
+@pytest.mark.parametrize(
+    ("reducer", "labels", "says"),
+    [
+        (None, [0], "recover.recipe is published, and the plan that was found reduces no tokens; use distil"),
+        ("evit", None, "recover.recipe is published, which learns classes, and the images for it carry none"),
+    ],
+)
+def test_a_published_recipe_needs_its_method_and_classes(profile, reducer, labels, says):
+    slim = tiny.tiny_vit(**({"reducer": reducer, "keep": {0: 30}} if reducer else {}))
+    bench = SimpleNamespace(
+        profile=profile("recover.recipe=published"), images=SimpleNamespace(recovery=SimpleNamespace(labels=labels))
+    )
+    with pytest.raises(InputError, match=says):
+        training.published_recipe(bench, slim)
+
+
+def test_a_published_recipe_is_that_of_the_method_and_ours_is_none(profile):
+    slim = tiny.tiny_vit(reducer="dynamicvit", keep={0: 30})
+    labelled = SimpleNamespace(recovery=SimpleNamespace(labels=[0]))
+    bench = SimpleNamespace(profile=profile("recover.recipe=published"), images=labelled)
+    assert training.published_recipe(bench, slim).lr == 1e-3
+    bench.profile = profile()
+    assert training.published_recipe(bench, slim) is None
+
+
+def a_bench_of(profile, dense):
+    """A real ``Bench`` whose dense model is at hand."""
+    found = Bench(profile, SimpleNamespace(say=print), Path(), {})
+    found.__dict__["dense"] = dense
+    return found
+
+
+def test_all_methods_are_those_that_need_no_training_and_can_leave_any_count(profile):
+    found = a_bench_of(profile("prune.tokens.method=auto"), tiny.tiny_vit()).candidates()
+    assert [one.name for one in found] == [
+        "ats_fixed",
+        "diffrate",
+        "evit",
+        "evit_drop",
+        "pitome",
+        "psvit",
+        "tome",
+        "zero_tprune",
+    ]
+    without = a_bench_of(profile("prune.tokens.method=auto"), tiny.tiny_vit(class_token=False, pool="avg")).candidates()
+    assert [one.name for one in without] == ["pitome", "tome", "zero_tprune"]
+
+
+def test_a_method_that_must_be_trained_is_refused_where_it_will_not_be(profile):
+    asked = ["prune.tokens.method=dynamicvit"]
+    (found,) = a_bench_of(profile(*asked), tiny.tiny_vit()).candidates()
+    assert (found.name, found.judged_as) == ("dynamicvit", "evit_drop")
+    with pytest.raises(InputError, match=r"dynamicvit must be trained, and recover.enabled is false"):
+        a_bench_of(profile(*asked, "recover.enabled=false"), tiny.tiny_vit()).candidates()
+    with pytest.raises(NotSupported, match="evit_drop scores patches by the class token's attention"):
+        a_bench_of(profile(*asked), tiny.tiny_vit(class_token=False, pool="avg")).candidates()

@@ -137,6 +137,15 @@ sead: 3
         ("device: {runtimes: {tensorrt: '>=10'}}", "runtime.name: the device has tensorrt, got onnxruntime"),
         ("device: {memory_mb: 100}\nbudget: {memory_mb: 200}", "budget.memory_mb: exceeds device.memory_mb"),
         ("budget: {percentile: 99}\nvalidation: {runs: 100}", "validation.runs: must be at least 1000 for the 99th"),
+        (
+            "model: {checkpoint_format: evit}\nprune: {tokens: {method: evit}}",
+            "model.checkpoint_format: describes model.checkpoint, which is not given",
+        ),
+        (
+            "model: {checkpoint: w.pth, checkpoint_format: dynamicvit}\nprune: {tokens: {method: evit}}",
+            "prune.tokens.method: must be dynamicvit, of which model.checkpoint holds the weights (checkpoint_format)",
+        ),
+        ("recover: {recipe: theirs}", "recover.recipe: must be 'distil' or 'published', got 'theirs'"),
         ("prune: {tokens: {levels: [0.5, 1.5]}}", "prune.tokens.levels.1: must be <= 1, got 1.5"),
         ("prune: {tokens: {method: [evit, tomee]}}", "prune.tokens.method.1: must be one of ats_fixed, "),
         ("prune: {tokens: {schedule: published-0.7}}", "prune.tokens.schedule: belongs to one token method"),

@@ -68,3 +68,16 @@ def test_another_checkpoint_is_refused_in_one_sentence(method, says, tool, tmp_p
     torch.save({"blocks.0.norm1.weight": torch.ones(48)}, tmp_path / "other.pth")
     with pytest.raises(InputError, match=says):
         from_official(method, "deit_tiny_patch16_224", tmp_path / "other.pth", **tool.TINY)
+
+
+@pytest.mark.parametrize("method", ["evit", "diffrate"])
+def test_methods_without_weights_of_their_own_read_timms_layout(method, tool, tmp_path):
+    import timm
+
+    theirs = timm.create_model("deit_tiny_patch16_224", **tool.TINY).eval()
+    torch.save({"model": theirs.state_dict()}, tmp_path / "official.pth")
+    found = from_official(method, "deit_tiny_patch16_224", tmp_path / "official.pth", **tool.TINY)
+    assert found.method_weights == {}
+    with torch.no_grad():
+        want = theirs(tool.made_up_images())
+        torch.testing.assert_close(found.converted.model(tool.made_up_images()), want, rtol=0, atol=1e-5)

@@ -67,7 +67,7 @@ def strips(
     """
     from .survivors import survivors
 
-    maps, entering, parked = [], model.config.patches, None
+    maps, entering, parked = [], model.config.patches, np.zeros(0)
     for found in survivors(model, images):
         others = found.parked.any() and not np.array_equal(found.parked, parked)
         if found.tokens and (others or found.tokens != entering):  # 0: nothing reads the patches behind a last block
