@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,6 +115,15 @@ class Published(Objective):
         if not config.classes:
             raise InputError("recovery: a published recipe trains a classifier, and this model has none")
         self.recipe, self.needs_labels = recipe, recipe.labels > 0
+
+    def outputs(self, model: Vit, images: Tensor) -> Outputs:
+        last: Any = model.blocks[-1]
+        early = last.prefix_only
+        last.prefix_only = early and not self.recipe.tokens  # patch tokens to compare need the whole last block
+        try:
+            return super().outputs(model, images)
+        finally:
+            last.prefix_only = early
 
     def compared(self, model: Vit, state: TokenState) -> tuple[Tensor, Tensor | None]:
         if not self.recipe.tokens:

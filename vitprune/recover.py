@@ -153,10 +153,12 @@ class _Run:
     """The state of a training."""
 
     def __init__(self, student: Vit, teacher: Vit, held_out: Tensor, settings: RecoverSettings) -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
 
         torch.manual_seed(settings.seed)
+        takes_turns = any(isinstance(module, Reducer) and module.rewarded for module in student.modules())
         self.accelerator = Accelerator(
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=takes_turns)],
             cpu=not torch.accelerator.is_available(),  # unasked, processes on CPUs would each train on their own
             mixed_precision="bf16" if _has_bfloat16_units() else "no",
         )

@@ -146,6 +146,19 @@ def test_the_published_loss_by_hand():
     torch.testing.assert_close(objective.loss(student, wanted, labels), want)
 
 
+def test_the_published_loss_compares_tokens_behind_a_whole_last_block_too():
+    early, whole = (tiny_vit(depth=3, reducer="dynamicvit", keep={0: 20, 2: last}) for last in (0, None))
+    whole.load_state_dict(early.state_dict())
+    objective = Published(early.config, DynamicViT.recipe)
+    found = []
+    for model in (early.train(), whole.train()):
+        torch.manual_seed(1)
+        found.append(objective.outputs(model, images(2)))
+    torch.testing.assert_close(found[0].tokens, found[1].tokens)
+    assert early.blocks[2].prefix_only
+    assert early.eval()(images(2)).shape == (2, 10)
+
+
 @pytest.mark.parametrize("recipe", [None, DynamicViT.recipe], ids=["distil", "published"])
 def test_recovery_trains_the_predictor(recipe):
     teacher = tiny_vit()
