@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitprune.model.config import BlockConfig, VitConfig
 from vitprune.model.vit import Vit
+from vitprune.recover import Batch
 from vitprune.surgery import build
 
 
@@ -52,6 +53,18 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
             parameter.copy_(0.2 * noise)
         else:  # norms and LayerScale
             parameter.copy_(1 + 0.2 * noise)
+
+
+def labelled_by(teacher: nn.Module) -> Callable[[int], Iterator[Batch]]:
+    """Four batches of eight random images an epoch, with what ``teacher`` takes them for."""
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(epoch)
+        for _ in range(4):
+            some = torch.randn(8, 3, 28, 28, generator=generator)
+            yield Batch(some, labels=teacher(some).argmax(1))
+
+    return batches
 
 
 def images(count: int, size: int = 28, channels: int = 3, seed: int = 0) -> Tensor:

@@ -58,7 +58,7 @@ class Objective(ABC):
 
     def outputs(self, model: Vit, images: Tensor) -> Outputs:
         """What ``model``, the student or the teacher, says of ``images`` [B, C, H, W]."""
-        state = _through(model, images)
+        state = model.tokens(images)
         tokens, kept = self.compared(model, state)
         draws = None if state.log_chance is None else _draws(model, images, state)
         return Outputs(model.classify(state), tokens, kept, state.penalty, draws)
@@ -148,14 +148,6 @@ class Published(Objective):
         return loss
 
 
-def _through(model: Vit, images: Tensor) -> TokenState:
-    """The tokens behind the last block."""
-    state = model.embed(images)
-    for block in model.blocks:
-        state = block(state)
-    return state
-
-
 def _draws(model: Vit, images: Tensor, state: TokenState) -> Draws:
     """What was drawn on the way to ``state``, beside what the method decides without chance."""
     assert state.log_chance is not None
@@ -165,14 +157,15 @@ def _draws(model: Vit, images: Tensor, state: TokenState) -> Draws:
         method.decided = True
     try:
         with torch.no_grad():
-            decided = _through(model, images)
+            decided = model.tokens(images)
             answers = model.classify(decided)
     finally:
         for method in methods:
             method.decided = False
     assert decided.policy is not None
-    shares = (one[:, state.prefix :].mean((1, 2)).detach() for one in (state.policy, decided.policy))
-    drawn_share, decided_share = shares
+    drawn_share, decided_share = (
+        one[:, state.prefix :].mean((1, 2)).detach() for one in (state.policy, decided.policy)
+    )
     return Draws(state.log_chance, drawn_share, answers, decided_share)
 
 

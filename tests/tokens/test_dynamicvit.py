@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from test_macs import deit_small
-from tiny import images, randomise, tiny_config, tiny_vit
+from tiny import images, labelled_by, randomise, tiny_config, tiny_vit
 from torch.nn import functional as F
 
 from vitprune.macs import macs, params
 from vitprune.model.state import TokenState
 from vitprune.model.vit import policy_softmax
 from vitprune.objectives import Published
-from vitprune.recover import Batch, RecoverSettings, recover
+from vitprune.recover import RecoverSettings, recover
 from vitprune.surgery import build
 from vitprune.tokens.base import Place
 from vitprune.tokens.dynamicvit import DynamicViT
@@ -166,14 +166,8 @@ def test_recovery_trains_the_predictor(recipe):
     student.load_state_dict(teacher.state_dict(), strict=False)
     before = {name: value.clone() for name, value in student.state_dict().items()}
 
-    def batches(epoch):
-        generator = torch.Generator().manual_seed(epoch)
-        for _ in range(4):
-            some = torch.randn(8, 3, 28, 28, generator=generator)
-            yield Batch(some, labels=teacher(some).argmax(1))
-
     settings = RecoverSettings(steps=24, lr=2e-3, checks=1, recipe=recipe)
-    found = recover(student, teacher, batches, images(16), settings)
+    found = recover(student, teacher, labelled_by(teacher), images(16), settings)
     if recipe is None:  # the other does not aim at the teacher's answers alone
         assert found.checks[-1].loss < found.checks[0].loss
     moved = {name for name, value in found.model.state_dict().items() if not torch.equal(value, before[name])}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import images, randomise, tiny_config, tiny_vit
+from tiny import images, labelled_by, randomise, tiny_config, tiny_vit
 
 from vitprune.model.state import TokenState
 from vitprune.objectives import Distillation, Draws, Outputs, _of_method
-from vitprune.recover import Batch, RecoverSettings, recover
+from vitprune.recover import RecoverSettings, recover
 from vitprune.surgery import build
 from vitprune.tokens.base import Place
 from vitprune.tokens.ia_red2 import IARED2
@@ -83,13 +83,9 @@ def test_a_training_goes_through_all_turns(recipe):
     student.load_state_dict(teacher.state_dict(), strict=False)
     before = {name: value.clone() for name, value in student.state_dict().items()}
 
-    def batches(epoch):
-        generator = torch.Generator().manual_seed(epoch)
-        for _ in range(4):
-            some = torch.randn(8, 3, 28, 28, generator=generator)
-            yield Batch(some, labels=teacher(some).argmax(1))
-
-    found = recover(student, teacher, batches, images(16), RecoverSettings(steps=24, lr=2e-3, checks=1, recipe=recipe))
+    found = recover(
+        student, teacher, labelled_by(teacher), images(16), RecoverSettings(steps=24, lr=2e-3, checks=1, recipe=recipe)
+    )
     if recipe is None:  # the other does not aim at the teacher's answers alone
         assert found.checks[-1].loss < found.checks[0].loss
     moved = {name for name, value in found.model.state_dict().items() if not torch.equal(value, before[name])}

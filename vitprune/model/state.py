@@ -26,6 +26,10 @@ class TokenState(NamedTuple):
     log_chance: Tensor | None = None  # [B] while a method learns by reward: log-probability of what it drew
     penalty: Tensor | None = None  # while a method trains: what it adds to the training loss; None: nothing
 
+    def penalised(self, error: Tensor) -> TokenState:
+        """The same state, with ``error`` added to the training loss."""
+        return self._replace(penalty=error if self.penalty is None else self.penalty + error)
+
     def unparked(self) -> TokenState:
         """All tokens, those that were parked behind the others."""
         if self.parked is None:

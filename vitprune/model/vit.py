@@ -279,10 +279,14 @@ class Vit(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes], or features [B, C], of normalised ``images`` [B, channels, height, width]."""
+        return self.classify(self.tokens(images))
+
+    def tokens(self, images: Tensor) -> TokenState:
+        """The tokens that leave the last block. Raises as ``embed``."""
         state = self.embed(images)
         for block in self.blocks:
             state = block(state)
-        return self.classify(state)
+        return state
 
     def embed(self, images: Tensor) -> TokenState:
         """The tokens that enter the first block.

@@ -8,11 +8,8 @@ told, best first. Distillation and register tokens are protected like the class 
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from ..model.state import AttentionView, TokenState, wide
-from .base import Reducer, gather_tokens, leaves_all
+from .base import Reducer, keep_patches, leaves_all
 
 
 class ATSFixed(Reducer):
@@ -36,8 +33,4 @@ class ATSFixed(Reducer):
             return state
         score = attention.class_row().sum(1) * wide(attention.v).square().sum((1, 3)).sqrt()
         kept = score[:, prefix:].topk(patches, dim=1).indices[:, :keep]
-
-        def left(tokens: Tensor) -> Tensor:
-            return torch.cat([tokens[:, :prefix], gather_tokens(tokens[:, prefix:], kept)], dim=1)
-
-        return state.select(left)
+        return keep_patches(state, kept)

@@ -219,6 +219,12 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
 
 
+def keep_patches(state: TokenState, index: Tensor) -> TokenState:
+    """The prefix and the patches ``index`` [B, K], in that order, with all that is remembered of them."""
+    prefix = state.prefix
+    return state.select(lambda of: torch.cat([of[:, :prefix], gather_tokens(of[:, prefix:], index)], dim=1))
+
+
 def track_sources(state: TokenState) -> TokenState:
     """``state`` of an image's own patches, made to record which of them end up in which token."""
     patches = state.x.shape[1] - state.prefix

@@ -9,25 +9,18 @@ authors' mixup, drop path and averaging of weights are left to whoever trains.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
 from ..model.state import TokenState
-from .base import NOWHERE, Place, Recipe, Reducer, Schedule, blocks_in, gather_tokens, leaves_all, thrice
+from ._predictor import Predictor, predictor_macs
+from .base import NOWHERE, Place, Recipe, Schedule, keep_patches, leaves_all, thrice
 
-OFFICIAL_NAMES = {
-    "in_conv.0": "norm",
-    "in_conv.1": "inner",
-    "out_conv.0": "outer.0",
-    "out_conv.2": "outer.2",
-    "out_conv.4": "outer.4",
-}
 RATIO_WEIGHT = 2.0  # of the squared error of the kept share; the authors' for DeiT-S, who take 5 for DeiT-B
 
 
@@ -42,7 +35,7 @@ def _keeping(rate: float) -> Schedule:
     return counts
 
 
-class DynamicViT(Reducer):
+class DynamicViT(Predictor):
     """Leaves the ``keep`` patches that a predictor gives the highest scores, in that order.
 
     In training all patches stay. A hard Gumbel sample of the predictor says which of those kept so far are kept on;
@@ -63,20 +56,18 @@ class DynamicViT(Reducer):
         weight_decay=0.05,
         frozen=("prefix_tokens", "pos_embed"),
     )
+    official_names: ClassVar[Mapping[str, str]] = {
+        "in_conv.0": "norm",
+        "in_conv.1": "inner",
+        "out_conv.0": "outer.0",
+        "out_conv.2": "outer.2",
+        "out_conv.4": "outer.4",
+    }
     schedules: ClassVar[Mapping[str, Schedule]] = {f"published-{rate}": _keeping(rate) for rate in (0.5, 0.7, 0.8, 0.9)}
 
     def __init__(self, place: Place = NOWHERE) -> None:
-        super().__init__(place)
-        dim = place.dim
-        self.norm = nn.LayerNorm(dim)
-        self.inner = nn.Linear(dim, dim)
-        self.outer = nn.Sequential(
-            nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(), nn.Linear(dim // 4, 2)
-        )
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        super().__init__(place, place.dim)
+        self.start_small()
 
     @staticmethod
     def fewest(patches: int, prefix: int) -> int:
@@ -90,19 +81,11 @@ class DynamicViT(Reducer):
             return self._marked(state, keep)
         logits = self.logits(state.x[:, prefix:])
         kept = (logits[..., 0] - logits[..., 1]).topk(patches, dim=1).indices[:, :keep]
-        return state.select(lambda of: torch.cat([of[:, :prefix], gather_tokens(of[:, prefix:], kept)], dim=1))
+        return keep_patches(state, kept)
 
     def logits(self, x: Tensor, policy: Tensor | None = None) -> Tensor:
-        """Of keeping and of dropping each patch, [B, n, 2], from ``x`` [B, n, C]; ``policy`` [B, n, 1] weights means.
-
-        The second half of the channels is averaged over the patches, so that each is judged among the others.
-        """
-        local, pooled = F.gelu(self.inner(self.norm(x))).chunk(2, dim=-1)
-        if policy is None:
-            pooled = pooled.mean(1, keepdim=True)
-        else:
-            pooled = (pooled * policy).sum(1, keepdim=True) / policy.sum(1, keepdim=True)
-        return self.outer(torch.cat([local, pooled.expand_as(local)], dim=-1))
+        """Of keeping and dropping each patch, [B, n, 2], from ``x`` [B, n, C]; ``policy`` [B, n, 1] weights means."""
+        return self.scores(x, policy)
 
     def _marked(self, state: TokenState, keep: int) -> TokenState:
         """All tokens, with a policy that a sample of the predictor made stricter, and the error of its share."""
@@ -111,25 +94,14 @@ class DynamicViT(Reducer):
         logits = self.logits(state.x[:, prefix:], before[:, prefix:]).float()
         kept = F.gumbel_softmax(logits, hard=True)[..., :1] * before[:, prefix:]
         error = (kept.mean(1) - keep / state.patches).square().mean() * RATIO_WEIGHT / self.place.stages
-        return state._replace(
-            policy=torch.cat([before[:, :prefix], kept], dim=1),
-            penalty=error if state.penalty is None else state.penalty + error,
-        )
+        return state.penalised(error)._replace(policy=torch.cat([before[:, :prefix], kept], dim=1))
 
     @classmethod
     def official(cls, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        own, backbone = {}, {}
-        blocks = sorted(thrice(blocks_in(weights)))
-        for name, value in weights.items():
-            found = re.fullmatch(r"score_predictor\.(\d+)\.(in_conv\.[01]|out_conv\.[024])\.(weight|bias)", name)
-            if found is None:
-                backbone[name] = value
-            elif int(found[1]) < len(blocks):
-                own[f"blocks.{blocks[int(found[1])]}.reducer.{OFFICIAL_NAMES[found[2]]}.{found[3]}"] = value
+        backbone, own = super().official(weights)
         if not own:
             raise InputError("this is no checkpoint of DynamicViT: it has no weights named score_predictor")
         return backbone, own
 
     def macs(self, patches: int) -> int:
-        dim = self.place.dim
-        return patches * (dim * dim + dim * (dim // 2) + (dim // 2) * (dim // 4) + (dim // 4) * 2)
+        return patches * predictor_macs(self.place.dim)

@@ -12,10 +12,8 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
-
 from ..model.state import AttentionView, TokenState
-from .base import Reducer, Schedule, gather_tokens, leaves_all, stepwise, thrice
+from .base import Reducer, Schedule, keep_patches, leaves_all, stepwise, thrice
 
 
 def _keeping(rate: float) -> Schedule:
@@ -41,4 +39,4 @@ class EViTDrop(Reducer):
         if leaves_all(keep, patches):
             return state
         kept = attention.class_row().mean(1)[:, prefix:].topk(patches, dim=1).indices[:, :keep]
-        return state.select(lambda of: torch.cat([of[:, :prefix], gather_tokens(of[:, prefix:], kept)], dim=1))
+        return keep_patches(state, kept)

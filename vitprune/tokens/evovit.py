@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..model.state import AttentionView, TokenState
-from .base import Recipe, Reducer, Schedule, gather_tokens, leaves_all
+from .base import Recipe, Reducer, Schedule, gather_tokens, keep_patches, leaves_all
 
 LAYERWISE = 200 / 300  # of a training, in which every block from the first on that reduces chooses anew
 
@@ -68,11 +68,8 @@ class EvoViT(Reducer):
         assert state.score is not None  # no block in front of the first can act
         order = state.score[:, prefix:, 0].topk(patches, dim=1).indices
 
-        def kept(of: Tensor) -> Tensor:
-            return torch.cat([of[:, :prefix], gather_tokens(of[:, prefix:], order[:, :keep])], dim=1)
-
         parked = state.select(lambda of: gather_tokens(of[:, prefix:], order[:, keep:]))
-        return state.select(kept)._replace(parked=parked)
+        return keep_patches(state, order[:, :keep])._replace(parked=parked)
 
     def watch(self, state: TokenState, attention: AttentionView) -> TokenState:
         now = attention.class_row().mean(1)[..., None].to(state.x.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..model.state import TokenState
-from .base import NOWHERE, Place, Recipe, Reducer, gather_tokens, leaves_all
+from .base import NOWHERE, Place, Recipe, Reducer, keep_patches, leaves_all
 
 EVEN = 0.5  # a patch that is as likely dropped as kept
 
@@ -51,7 +51,7 @@ class IARED2(Reducer):
         if self.training:
             return self._marked(state)
         kept = self.chances(state.x)[:, prefix:].topk(patches, dim=1).indices[:, :keep]
-        return state.select(lambda of: torch.cat([of[:, :prefix], gather_tokens(of[:, prefix:], kept)], dim=1))
+        return keep_patches(state, kept)
 
     def chances(self, x: Tensor) -> Tensor:
         """The probability of each token of ``x`` [B, N, C] to be kept, [B, N]: the mean over heads of sigmoids."""

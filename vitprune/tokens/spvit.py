@@ -11,7 +11,6 @@ the sum of the probabilities. Weights of heads are taken per patch, as in that c
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -21,17 +20,9 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from ..model.state import TokenState
-from .base import NOWHERE, Place, Recipe, Reducer, Schedule, blocks_in, gather_tokens, leaves_all, thrice
+from ._predictor import Predictor, predictor_macs
+from .base import NOWHERE, Place, Recipe, Schedule, gather_tokens, leaves_all, thrice
 
-OFFICIAL_NAMES = {
-    "in_conv.0.0": "norm",
-    "in_conv.0.1": "inner",
-    "out_conv.0.0": "outer.0",
-    "out_conv.0.2": "outer.2",
-    "out_conv.0.4": "outer.4",
-    "senet.0": "heads.0",
-    "senet.2": "heads.2",
-}
 RATIO_WEIGHT = 2.0  # of the squared error of the kept share
 
 
@@ -46,7 +37,7 @@ def _keeping(shares: tuple[float, float, float]) -> Schedule:
     return counts
 
 
-class SPViT(Reducer):
+class SPViT(Predictor):
     """Leaves the patches that a selector gives the highest scores, in that order, and all packages, a new one last.
 
     The selector looks at each head's channels with the same weights, and weighs the heads. In training all patches
@@ -67,25 +58,25 @@ class SPViT(Reducer):
         weight_decay=0.05,
         frozen=("prefix_tokens", "pos_embed"),
     )
+    official_names: ClassVar[Mapping[str, str]] = {
+        "in_conv.0.0": "norm",
+        "in_conv.0.1": "inner",
+        "out_conv.0.0": "outer.0",
+        "out_conv.0.2": "outer.2",
+        "out_conv.0.4": "outer.4",
+        "senet.0": "heads.0",
+        "senet.2": "heads.2",
+    }
     schedules: ClassVar[Mapping[str, Schedule]] = {
         "published-0.617": _keeping((0.617, 0.369, 0.137)),
         "published-0.7": _keeping((0.7, 0.49, 0.343)),
     }
 
     def __init__(self, place: Place = NOWHERE) -> None:
-        super().__init__(place)
         heads = max(1, place.heads)
-        size = place.dim // heads
-        self.norm = nn.LayerNorm(size)
-        self.inner = nn.Linear(size, size)
-        self.outer = nn.Sequential(
-            nn.Linear(size, size // 2), nn.GELU(), nn.Linear(size // 2, size // 4), nn.GELU(), nn.Linear(size // 4, 2)
-        )
+        super().__init__(place, place.dim // heads)
         self.heads = nn.Sequential(nn.Linear(heads, heads // 2), nn.GELU(), nn.Linear(heads // 2, heads), nn.Sigmoid())
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        self.start_small()
 
     @staticmethod
     def fewest(patches: int, prefix: int) -> int:
@@ -121,12 +112,7 @@ class SPViT(Reducer):
         by_head = x.unflatten(-1, (max(1, self.place.heads), -1))  # [B, n, H, C / H]
         weights = self.heads(by_head.mean(-1))[..., None]
         weights = weights / weights.sum(2, keepdim=True)
-        local, pooled = F.gelu(self.inner(self.norm(by_head))).chunk(2, dim=-1)
-        if policy is None:
-            pooled = pooled.mean(1, keepdim=True)
-        else:
-            pooled = (pooled * policy[..., None]).sum(1, keepdim=True) / policy[..., None].sum(1, keepdim=True)
-        scores = self.outer(torch.cat([local, pooled.expand_as(local)], dim=-1))  # [B, n, H, 2]
+        scores = self.scores(by_head, None if policy is None else policy[..., None])  # [B, n, H, 2]
         chance = (scores.softmax(-1) * weights).sum(2)[..., 0]
         return (scores.log_softmax(-1) * weights).sum(2), chance
 
@@ -142,23 +128,17 @@ class SPViT(Reducer):
         package = (state.x[:, prefix:last] * leaving * chance[:, : last - prefix, None]).sum(1, keepdim=True)
         wanted = (keep - packages - 1) / state.patches
         error = (kept.mean() - wanted) ** 2 * RATIO_WEIGHT / self.place.stages
-        return state._replace(
+        return state.penalised(error)._replace(
             x=torch.cat([state.x, package.to(state.x.dtype)], dim=1),
             policy=torch.cat([before[:, :prefix], kept, torch.ones_like(before[:, : packages + 1])], dim=1),
-            penalty=error if state.penalty is None else state.penalty + error,
             packages=packages + 1,
         )
 
     @classmethod
     def official(cls, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        own, backbone = {}, {}
-        blocks = sorted(thrice(blocks_in(weights)))
-        for name, value in weights.items():
-            found = re.fullmatch(r"score_predictor\.(\d+)\.(.+)\.(weight|bias)", name)
-            if found is None:
-                backbone[name] = value
-            elif found[2] in OFFICIAL_NAMES and int(found[1]) < len(blocks):  # the heads' are the first one's again
-                own[f"blocks.{blocks[int(found[1])]}.reducer.{OFFICIAL_NAMES[found[2]]}.{found[3]}"] = value
+        backbone, own = super().official(weights)
+        # what is left are the other heads' names for the first one's weights
+        backbone = {name: value for name, value in backbone.items() if not name.startswith("score_predictor.")}
         if not any(".reducer.heads." in name for name in own):
             raise InputError("this is no checkpoint of SPViT: its score_predictor weighs no heads (senet)")
         return backbone, own
@@ -166,5 +146,4 @@ class SPViT(Reducer):
     def macs(self, patches: int) -> int:
         heads = max(1, self.place.heads)
         size = self.place.dim // heads
-        of_head = size * size + size * (size // 2) + (size // 2) * (size // 4) + (size // 4) * 2
-        return patches * (heads * of_head + 2 * heads * (heads // 2))
+        return patches * (heads * predictor_macs(size) + 2 * heads * (heads // 2))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..model.state import AttentionView, TokenState, wide
-from .base import Reducer, gather_tokens, leaves_all
+from .base import Reducer, gather_tokens, keep_patches, leaves_all
 
 ITERATIONS = (30, 5, 1)  # of the weighted PageRank, in the first, second and last third of the blocks
 
@@ -40,7 +40,7 @@ class ZeroTPrune(Reducer):
         order = self._importance(attention)[:, prefix:].topk(patches, dim=1).indices
         keys = F.normalize(wide(attention.k).mean(1), dim=-1)[:, prefix:]
         kept = order.gather(1, self._unlike(gather_tokens(keys, order), (patches - keep) // 2)[:, :keep])
-        return state.select(lambda of: torch.cat([of[:, :prefix], gather_tokens(of[:, prefix:], kept)], dim=1))
+        return keep_patches(state, kept)
 
     def _importance(self, attention: AttentionView) -> Tensor:
         """PageRank of each token, [B, N]."""

@@ -55,9 +55,8 @@ def slim_model(bench: Bench) -> tuple[Vit, bool]:
     rankings = Rankings.load(bench.folders["losses"] / RANKINGS)
     weights = rankings.weights([len(b.heads) for b in plan.blocks], [len(b.mlp) for b in plan.blocks])
     kept_all = all((b.heads, b.mlp) == (w.heads, w.mlp) for b, w in zip(plan.blocks, whole, strict=True))
-    return prune(bench.dense, plan, weights, bench.method_weights(plan.reducer)), not kept_all or any(
-        b.patches for b in plan.blocks
-    )
+    slim = prune(bench.dense, plan, weights, bench.method_weights(plan.reducer))
+    return slim, not kept_all or any(b.patches for b in plan.blocks)
 
 
 def export_settings(bench: Bench) -> dict[str, Any]:
