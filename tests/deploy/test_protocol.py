@@ -10,7 +10,7 @@ import pytest
 
 from vitprune_deploy.latency.gate import Machine, RunQueue
 from vitprune_deploy.latency.protocol import MIN_ROUNDS, measure, percentiles
-from vitprune_deploy.latency.visits import Subject
+from vitprune_deploy.latency.visits import Subject, quickest
 
 
 class Bench:
@@ -119,7 +119,7 @@ def test_two_copies_of_one_model_are_equal_within_their_intervals():
 
 
 def test_an_interval_too_wide_for_a_decision_is_unstable():
-    bench = Bench(noise=0.2, seed=1)
+    bench = Bench(noise=0.1, seed=1)
     (a,) = measure([bench.subject("a", 10.0)], bench.subject("ref", 5.0), max_rounds=6, machine=bench.machine)
     assert a.rounds == 6
     assert a.half_width > 0.02
@@ -276,3 +276,12 @@ def test_the_real_gate_sees_that_two_threads_shared_one_processor():
     assert after - before > 20.0  # of 300 ms: each had to wait for the other
     assert waited([]) < after  # a thread that has ended is no longer counted
     waited.close()
+
+
+def test_the_quickest_model_is_the_reference_and_first_runs_do_not_count():
+    def subject(name: str, *runs_ms: float) -> Subject:
+        found = iter(runs_ms)
+        return Subject(name, lambda: next(found))
+
+    models = [subject("dense", 40.0, 20.0), subject("pruned", 90.0, 9.0), subject("other", 5.0, 11.0)]
+    assert quickest(models).name == "pruned"

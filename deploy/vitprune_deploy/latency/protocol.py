@@ -29,7 +29,7 @@ MAX_ROUNDS = 25
 TOO_WIDE = 2.0  # an interval wider than this many times what was asked for makes a figure unstable
 UNGATED_WIDENING = 1.5  # neighbours err to the slow side only, which a bootstrap does not see
 PATIENCE_S = 20.0
-SLOW_VISIT = 1.3  # the reference around a visit takes so many times what it takes in its faster half
+SLOW_VISIT = 1.2  # the reference around a visit takes so many times what it takes in its faster half
 RESAMPLES = 400
 TAIL = 10  # samples that must lie beyond a percentile for it to be reported
 RUNS_PER_VISIT = 10  # of the final check
@@ -138,7 +138,7 @@ def measure(
 
     Args:
         subjects: what to measure, all interleaved.
-        reference: a fixed model that is timed around every visit; about 5 ms long, or the dense model.
+        reference: a fixed model that is timed around every visit; about 5 ms long, or the quickest model.
         relative_half_width: a subject whose interval is this narrow (share of its value) is visited no more.
         max_rounds: rounds at most.
         max_seconds: a round is begun only if it will end by then, so that all subjects lose rounds alike.

@@ -22,7 +22,7 @@ from ..backends.base import Backend
 from ..export.onnx import export_onnx
 from .pieces import KEEP, TOKENS
 from .protocol import ANCHOR_HALF_WIDTH, Measurement, Progress, measure
-from .visits import Subject
+from .visits import Subject, quickest
 
 PART_AXES = (TOKENS.name, KEEP.name)  # symbolic in the files of parts, constant in whole models
 Loader = Callable[[Path, Mapping[str, int]], Backend]  # an .onnx file and the sizes of its symbolic axes, by name
@@ -116,10 +116,10 @@ def measure_models(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Measurement]:
-    """One measurement for each exported model, in their order; the first is the dense one, the reference of all.
+    """One measurement for each exported model, in their order; the quickest of them is the reference of all.
 
-    Figures are milliseconds at the speed that the machine had in this session: ``value_ms / reference_ms`` is what
-    compares with other sessions.
+    Figures are milliseconds at the speed that the machine had in this session: the ratio of two models is what compares
+    with other sessions.
 
     Args:
         batch, image_size: what symbolic axes are; an image size of files that have it fixed is not needed.
@@ -128,7 +128,7 @@ def measure_models(
     subjects = [subject(name, path, load, sizes) for name, path in paths.items()]
     return measure(
         subjects,
-        subjects[0],
+        quickest(subjects),
         relative_half_width=relative_half_width,
         max_seconds=max_seconds,
         seed=seed,

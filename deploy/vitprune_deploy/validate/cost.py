@@ -17,7 +17,7 @@ from vitprune.errors import InputError
 
 from ..data import ImageSet, Preprocess, picked
 from ..latency.protocol import Distribution, Progress, percentiles
-from ..latency.visits import Subject
+from ..latency.visits import Subject, quickest
 from ..runtime import Model
 
 PERCENTILES = (50, 90, 99)
@@ -66,7 +66,7 @@ def compare_latency(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Distribution, Distribution]:
-    """Single runs of both engines, interleaved, normalised by the dense one.
+    """Single runs of both engines, interleaved, normalised by the quicker one.
 
     Args:
         dense, pruned: the engines, each loaded once or several times.
@@ -81,9 +81,10 @@ def compare_latency(
     def subjects(name: str, models: Sequence[Model]) -> list[Subject]:
         return [Subject.of(name, m.backend, {m.backend.inputs[0].name: m.as_input(inputs)}) for m in models]
 
+    both = [subjects("dense", dense), subjects("pruned", pruned)]
     first, second = percentiles(
-        [subjects("dense", dense), subjects("pruned", pruned)],
-        subjects("reference", dense[:1])[0],
+        both,
+        quickest([sessions[0] for sessions in both]),
         runs=runs,
         max_seconds=math.inf if max_seconds is None else max_seconds,
         which=sorted({*PERCENTILES, percentile}),
