@@ -8,6 +8,7 @@ import sys
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import images, randomise, tiny_config, tiny_vit
@@ -16,8 +17,9 @@ from vitprune.errors import InputError
 from vitprune.model.vit import fingerprint
 from vitprune.objectives import Distillation
 from vitprune.plan import BlockPlan, Plan
-from vitprune.recover import Batch, RecoverSettings, learning_rate_share, recover
+from vitprune.recover import Batch, RecoverSettings, _Run, learning_rate_share, recover
 from vitprune.surgery import build, prune
+from vitprune.tokens.base import Recipe
 
 
 @pytest.fixture
@@ -159,6 +161,30 @@ def test_the_same_batches_give_the_same_weights(student, teacher):
     settings = RecoverSettings(steps=4, lr=1e-3, checks=1)
     first, second = (recover(one, teacher, batches, images(4), settings).model for one in (student, twin))
     assert fingerprint(first) == fingerprint(second)
+
+
+def test_a_recipe_mixes_images_and_their_classes_alike_at_the_same_step(student, teacher):
+    run = _Run(student, teacher, images(4), RecoverSettings(recipe=Recipe()))
+    batch = Batch(images(9), torch.arange(9), torch.arange(9))
+    np.random.seed(5)
+    first, again = run._mixed(batch), run._mixed(batch)
+    assert np.random.rand() == np.random.RandomState(5).rand()  # nobody else's chances change
+    assert torch.equal(first.images, again.images)
+    assert first.numbers is None
+    assert first.labels.shape == (8, 10)  # of nine one has no partner
+    torch.testing.assert_close(first.labels.sum(1), torch.ones(8))
+    share = first.labels.max(1).values
+    assert (share < 1).all()  # at least smoothed
+    run.step = 1
+    assert not torch.equal(run._mixed(batch).images, first.images)
+    assert torch.equal(batch.images, images(9))
+
+
+@pytest.mark.parametrize("recipe", [None, Recipe(mixup=0.0, cutmix=0.0), Recipe(labels=0.0)])
+def test_other_trainings_take_images_as_they_are(recipe, student, teacher):
+    run = _Run(student, teacher, images(4), RecoverSettings(recipe=recipe))
+    batch = Batch(images(4), torch.arange(4), torch.arange(4))
+    assert run._mixed(batch) is batch
 
 
 def test_seconds_end_it(monkeypatch, student, teacher):

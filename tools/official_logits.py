@@ -18,8 +18,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import timm
 import torch
 from torch import Tensor, nn
+
+from vitprune.tokens.diffrate import FOUND
 
 FOLDER = Path(__file__).parent.parent / "tests" / "tokens" / "official"
 TINY: dict[str, Any] = {"embed_dim": 48, "depth": 12, "num_heads": 3, "mlp_ratio": 2.0, "num_classes": 7}
@@ -77,7 +80,31 @@ def spvit() -> Official:
     return Official(model.train(), answer)  # evaluation asks for a GPU; without noise it does nothing else
 
 
-OFFICIAL: dict[str, Callable[[], Official]] = {"dynamicvit": dynamicvit, "evovit": evovit, "spvit": spvit}
+def evit() -> Official:
+    """With a keep rate of 0.7, and the rest fused."""
+    rates = [0.7 if block in (3, 6, 9) else 1.0 for block in range(12)]
+    model = importlib.import_module("evit").EViT(qkv_bias=True, keep_rate=rates, fuse_token=True, **TINY)
+    return Official(model.double().eval(), lambda model, images: Answers(model(images.double())))
+
+
+def diffrate() -> Official:
+    """With what the authors' search found for DeiT-S and 2.9 GMACs."""
+    module = importlib.import_module("DiffRate.patch.deit")
+    model = timm.create_model("deit_tiny_patch16_224", **TINY)
+    module.apply_patch(model)
+    for block in model.blocks:
+        block.drop_path = nn.Identity()  # what timm called it then
+
+    def answer(model: Any, images: Tensor) -> Answers:
+        model.set_kept_num(*FOUND["s-2.9"])
+        return Answers(model(images.double(), return_flop=False))
+
+    return Official(model.double().eval(), answer)
+
+
+OFFICIAL: dict[str, Callable[[], Official]] = {
+    "diffrate": diffrate, "dynamicvit": dynamicvit, "evit": evit, "evovit": evovit, "spvit": spvit
+}  # fmt: skip
 
 
 def made_up(shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:

@@ -41,6 +41,12 @@ from vitprune.surgery import reduce_tokens
 slim = reduce_tokens(from_timm("deit_small_patch16_224").model, "evit", "published-0.7")  # or {3: 139, 6: 99, 9: 71}
 ```
 
+- Where the authors find counts by a search of their own, it is a function: `vitprune.search.diffrate.search_counts` and
+  `vitprune.search.psvit.search_counts`. What they return goes into `reduce_tokens`, and the counts into a profile's
+  `prune.tokens.schedule`.
+- Where the authors let each image have its own count (`ats_fixed`, `ia_red2`), `vitprune.tokens.base.count_per_image`
+  makes a model decide so, for studies of accuracy. Graphs have the counts that they are told.
+
 """
 HEAD = (
     "method", "what it does", "source", "acts", "trained", "class token", "order kept", "sizes in attention",

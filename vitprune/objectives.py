@@ -69,7 +69,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
-        """A number to make small; ``labels`` [B] are the images' classes."""
+        """A number to make small; ``labels`` [B] are the images' classes, or [B, classes] the weights of all."""
 
 
 class Distillation(Objective):
@@ -135,7 +135,7 @@ class Published(Objective):
 
     def loss(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
         recipe, answers = self.recipe, student.answers.float()
-        loss = _of_method(student, teacher.answers.argmax(-1) if labels is None else labels)
+        loss = _of_method(student, teacher.answers.argmax(-1) if labels is None or labels.ndim > 1 else labels)
         if recipe.labels:
             assert labels is not None  # they are asked for before the training begins
             loss = loss + recipe.labels * F.cross_entropy(answers, labels)

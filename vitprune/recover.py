@@ -16,6 +16,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,7 +36,7 @@ class Batch(NamedTuple):
         images: normalised, [B, C, H, W].
         numbers: which they are, [B], where each image comes again as it was, so that the teacher need not be asked
             about it again; else None.
-        labels: their classes, [B], where they are known.
+        labels: their classes, [B], where they are known; or the weights of all, [B, classes].
     """
 
     images: Tensor
@@ -166,6 +167,7 @@ class _Run:
         self.objective: Objective = Distillation(student.config, settings.token_weight)
         if settings.recipe:
             self.objective = Published(student.config, settings.recipe)
+        self.mix = _mixing(self.recipe, student.config.classes) if self.objective.needs_labels else None
         self.judge = Distillation(student.config, settings.token_weight)
         self.teacher = _Teacher(teacher.to(self.accelerator.device), self.objective)
         optimizer = torch.optim.AdamW(_groups(student, self.recipe), lr=settings.lr)
@@ -195,7 +197,8 @@ class _Run:
     def left_of(self, batches: Batches) -> Iterator[Batch]:
         """The batches of the steps that are left, until steps or seconds run out."""
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        for batch in islice(_endless(batches), self.step * processes + rank, None, processes):
+        every = endless(batches, "recovery: there are no training images")
+        for batch in islice(every, self.step * processes + rank, None, processes):
             if self._done() >= 1.0:
                 return
             if self.objective.needs_labels and batch.labels is None:
@@ -206,7 +209,7 @@ class _Run:
 
     def train(self, batch: Batch) -> None:
         """One optimiser step."""
-        done = self._done()
+        batch, done = self._mixed(batch), self._done()
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * self._lr_share(done, group["own"])
         for module in self.plain.modules():
@@ -268,6 +271,17 @@ class _Run:
         self.step, self.best = state["step"], state["best"]
         self.begun = time.monotonic() - state["seconds"]
         self.checks = [Check(*check) for check in state["checks"]]
+
+    def _mixed(self, batch: Batch) -> Batch:
+        """The batch as a recipe mixes it, alike at the same step of the same training."""
+        even = len(batch.images) // 2 * 2  # images are mixed in pairs
+        if self.mix is None or not even or batch.labels is None:
+            return batch
+        before = np.random.get_state()  # timm draws from numpy's own generator
+        np.random.seed([self.settings.seed, self.step, self.accelerator.process_index])
+        images, labels = self.mix(batch.images[:even].clone(), batch.labels[:even])
+        np.random.set_state(before)
+        return Batch(images, None, labels)
 
     def _done(self) -> float:
         """Share of the training that is over, by steps or by seconds, whichever is further."""
@@ -337,6 +351,15 @@ class _WithOutputs(nn.Module):
         return self._objective.outputs(self.model, images)
 
 
+def _mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """How ``recipe`` mixes images and classes; None: it does not."""
+    if not recipe.mixup and not recipe.cutmix:
+        return None
+    from timm.data import Mixup
+
+    return Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
+
+
 def _groups(student: Vit, recipe: Recipe) -> list[dict[str, Any]]:
     """The weights that learn, for an optimiser: the token method's ``own`` and others, matrices with decay."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -366,14 +389,19 @@ _FUSED_TOO = (
 )
 
 
-def _endless(batches: Batches) -> Iterator[Batch]:
+def endless(batches: Batches, none: str) -> Iterator[Batch]:
+    """The batches of all epochs, one after the other.
+
+    Raises:
+        InputError: an epoch is empty; it says ``none``.
+    """
     for epoch in count():
         empty = True
         for batch in batches(epoch):
             empty = False
             yield batch
         if empty:
-            raise InputError("recovery: there are no training images")
+            raise InputError(none)
 
 
 def _has_bfloat16_units() -> bool:

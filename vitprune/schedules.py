@@ -5,12 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
+from typing import NamedTuple
+
+from torch import Tensor
 
 from . import parts
 from .errors import InputError
 from .tokens.base import Reducer, Schedule
 
 Wanted = str | Mapping[int, int] | Sequence[int]
+
+
+class Found(NamedTuple):
+    """What a method's own search found.
+
+    Attributes:
+        patches: patch tokens that leave each block, as ``counts`` and ``reduce_tokens`` take them.
+        method_weights: what else the method must be told, by names in the model with the method.
+    """
+
+    patches: tuple[int, ...]
+    method_weights: dict[str, Tensor]
 
 
 def counts(method: str, wanted: Wanted, depth: int, patches: int, prefix: int) -> tuple[int, ...]:

@@ -57,10 +57,12 @@ def prune(
         for name, tensor in _kept_weights(cast(Block, block), kept, number, weights or {}).items():
             state[f"blocks.{number}.{name}"] = tensor
     state |= method_weights or {}
-    with torch.no_grad():
-        for name, tensor in slim.state_dict().items():
-            if name in state or not METHOD_WEIGHT.search(name):
-                tensor.copy_(_same_shape(state[name], tensor, name))
+    given = {
+        name: _same_shape(state[name], tensor, name)
+        for name, tensor in slim.state_dict().items()
+        if name in state or not METHOD_WEIGHT.search(name)
+    }
+    slim.load_state_dict(given, strict=False)
     return slim
 
 

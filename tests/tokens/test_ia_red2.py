@@ -6,11 +6,12 @@ import pytest
 import torch
 from tiny import images, labelled_by, randomise, tiny_config, tiny_vit
 
+from vitprune.errors import NotSupported
 from vitprune.model.state import TokenState
 from vitprune.objectives import Distillation, Draws, Outputs, _of_method
 from vitprune.recover import RecoverSettings, recover
 from vitprune.surgery import build
-from vitprune.tokens.base import Place
+from vitprune.tokens.base import Place, count_per_image
 from vitprune.tokens.ia_red2 import IARED2
 
 
@@ -98,3 +99,24 @@ def test_a_model_without_a_method_that_draws_is_run_once():
     model.patch_embed.register_forward_hook(lambda *_: calls.append(1))
     Distillation(model.config, 4.0).outputs(model, images(1))
     assert len(calls) == 1
+
+
+@torch.no_grad()
+def test_counted_per_image_patches_stay_by_probability_above_one_half():
+    reducer, before = interpreter(stage=1, stages=3), state()
+    reducer.done = 0.3  # whatever a training has left there
+    reducer.per_image = True
+    after = reducer(before, None, 3)
+    assert torch.equal(after.policy[:, 1:, 0], (reducer.chances(before.x)[:, 1:] > 0.5).float())
+    assert after.log_chance is None
+    assert after.x is before.x
+
+
+@torch.no_grad()
+def test_a_model_counts_per_image_where_its_method_does():
+    model = tiny_vit(reducer="ia_red2", keep={0: 26, 1: 14})
+    kept = count_per_image(model).tokens(images(4)).policy[:, 1:].sum((1, 2))
+    assert len(kept.unique()) > 1
+    for other in (tiny_vit(), tiny_vit(reducer="evit", keep={0: 26})):
+        with pytest.raises(NotSupported, match="do not depend on the image"):
+            count_per_image(other)

@@ -11,10 +11,11 @@ import torch
 from vitprune.errors import InputError
 from vitprune.official import from_official
 from vitprune.surgery import reduce_tokens
+from vitprune.tokens.diffrate import _steps
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-SCHEDULES = {"dynamicvit": "published-0.7", "evovit": "published-0.5"}
+SCHEDULES = {"dynamicvit": "published-0.7", "evit": "published-0.7", "evovit": "published-0.5"}
 
 
 @pytest.fixture
@@ -39,10 +40,8 @@ def test_our_logits_are_those_of_the_official_code(method, tool, tmp_path):
     model = reduce_tokens(found.converted.model, method, SCHEDULES[method], found.method_weights).double()
     with torch.no_grad():
         logits = model(tool.made_up_images().double())
-    torch.testing.assert_close(
-        logits, torch.tensor(said["logits"], dtype=torch.float64), rtol=0, atol=1e-6
-    )  # positions are
-    # folded into the class token in fp32
+    # positions are folded into the class token in fp32
+    torch.testing.assert_close(logits, torch.tensor(said["logits"], dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 def test_spvit_agrees_where_it_is_told_the_counts_that_the_official_code_chose(tool, tmp_path):
@@ -70,14 +69,12 @@ def test_another_checkpoint_is_refused_in_one_sentence(method, says, tool, tmp_p
         from_official(method, "deit_tiny_patch16_224", tmp_path / "other.pth", **tool.TINY)
 
 
-@pytest.mark.parametrize("method", ["evit", "diffrate"])
-def test_methods_without_weights_of_their_own_read_timms_layout(method, tool, tmp_path):
-    import timm
-
-    theirs = timm.create_model("deit_tiny_patch16_224", **tool.TINY).eval()
-    torch.save({"model": theirs.state_dict()}, tmp_path / "official.pth")
-    found = from_official(method, "deit_tiny_patch16_224", tmp_path / "official.pth", **tool.TINY)
-    assert found.method_weights == {}
-    with torch.no_grad():
-        want = theirs(tool.made_up_images())
-        torch.testing.assert_close(found.converted.model(tool.made_up_images()), want, rtol=0, atol=1e-5)
+@torch.no_grad()
+def test_diffrate_agrees_where_it_is_told_what_the_official_code_was(tool, tmp_path):
+    said, found = loaded("diffrate", tool, tmp_path)
+    counts = [left for _, _, left in _steps("s-2.9")]
+    told = {f"blocks.{block}.reducer.ranked": torch.tensor(ranked)
+            for block, (entering, ranked, left) in enumerate(_steps("s-2.9")) if left < entering}  # fmt: skip
+    model = reduce_tokens(found.converted.model, "diffrate", counts, told).double()
+    logits = model(tool.made_up_images().double())
+    torch.testing.assert_close(logits, torch.tensor(said["logits"], dtype=torch.float64), rtol=0, atol=1e-6)

@@ -61,15 +61,20 @@ class AttentionView(NamedTuple):
         logits = (wide(self.q) * self.scale) @ wide(self.k).transpose(-2, -1)
         return (logits if self.bias is None else logits + self.bias).softmax(-1)
 
-    def class_row(self) -> Tensor:
+    def class_row(self, policy: Tensor | None = None) -> Tensor:
         """Softmax attention of the first token, [B, H, N]: one row, at the cost of H N D multiplications.
 
-        At least fp32: rounded to fp16, attention ties, and ties are broken differently by every runtime.
+        ``policy`` [B, N, 1]: over those tokens alone for which it is 1. At least fp32: rounded to fp16, attention ties,
+        and ties are broken differently by every runtime.
         """
         logits = (wide(self.q[:, :, :1]) * self.scale) @ wide(self.k).transpose(-2, -1)
         if self.bias is not None:
             logits = logits + self.bias
-        return logits.softmax(-1).squeeze(2)
+        row = logits.softmax(-1).squeeze(2)
+        if policy is None:
+            return row
+        row = row * policy.transpose(1, 2)
+        return row / row.sum(-1, keepdim=True)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -2,11 +2,14 @@
 
 Fayyaz et al., Adaptive Token Sampling for Efficient Vision Transformers, ECCV 2022, https://arxiv.org/abs/2111.15667.
 Differs from the authors' code: it samples patches by the inverse cumulative distribution of the score, so that their
-number depends on the image, which no static graph can have; here those of the highest scores are taken, as many as
-told, best first. Distillation and register tokens are protected like the class token.
+number depends on the image, which no static graph can have (``count_per_image`` samples so); here those of the highest
+scores are taken, as many as told, best first. Distillation and register tokens are protected like the class token.
 """
 
 from __future__ import annotations
+
+import torch
+from torch import Tensor
 
 from ..model.state import AttentionView, TokenState, wide
 from .base import Reducer, keep_patches, leaves_all
@@ -22,6 +25,7 @@ class ATSFixed(Reducer):
     where = "q_rows"
     needs_class_token = True
     drops = True
+    own_counts = True
 
     @staticmethod
     def fewest(patches: int, prefix: int) -> int:
@@ -31,6 +35,24 @@ class ATSFixed(Reducer):
         prefix, patches = state.prefix, state.x.shape[1] - state.prefix
         if leaves_all(keep, patches):
             return state
-        score = attention.class_row().sum(1) * wide(attention.v).square().sum((1, 3)).sqrt()
+        score = attention.class_row(state.policy).sum(1) * wide(attention.v).square().sum((1, 3)).sqrt()
+        if self.per_image:
+            return self._sampled(state, score[:, prefix:])
         kept = score[:, prefix:].topk(patches, dim=1).indices[:, :keep]
         return keep_patches(state, kept)
+
+    def _sampled(self, state: TokenState, score: Tensor) -> TokenState:
+        """All patches, with a policy that keeps those that samples of ``score`` [B, n] fall on.
+
+        There is one sample for each patch of the image, at even steps of the cumulative score.
+        """
+        prefix = state.prefix
+        before = torch.ones_like(state.x[..., :1]) if state.policy is None else state.policy
+        ranked, order = (score * before[:, prefix:, 0]).sort(dim=1)
+        summed = ranked.cumsum(1)
+        summed = (summed - summed[:, :1]) / (summed[:, -1:] - summed[:, :1])
+        start = summed.masked_fill(summed == 0, torch.inf).amin(1, keepdim=True)
+        samples = start + (1 - start) * torch.linspace(0, 1, state.patches, device=score.device)
+        nearest = (samples[:, :, None] - summed[:, None]).abs().argmin(2)
+        kept = torch.zeros_like(score).scatter(1, order.gather(1, nearest), 1.0)[..., None]
+        return state._replace(policy=torch.cat([before[:, :prefix], before[:, prefix:] * kept.to(before.dtype)], dim=1))

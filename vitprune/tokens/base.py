@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import NotSupported
 from ..model.config import VitConfig
 from ..model.state import AttentionView, TokenState
 
@@ -50,8 +51,8 @@ NOWHERE = Place()
 class Recipe(NamedTuple):
     """What the authors of a method train their models with, beside the losses of the method itself.
 
-    The defaults are those of EViT's fine-tuning. What the authors do to images (mixup and the like), drop path and
-    averages of weights are no part of it.
+    The defaults are those of EViT's fine-tuning. Augmentation of single images, drop path and averages of weights are
+    no part of it.
 
     Attributes:
         labels: weight of the cross entropy with the images' classes.
@@ -65,6 +66,9 @@ class Recipe(NamedTuple):
         last_lr: the learning rate at the end, as a share of ``lr``; it falls as a cosine.
         weight_decay: of AdamW, on matrices alone.
         frozen: names of the model's weights that do not learn.
+        mixup, cutmix: alphas of the two ways to mix pairs of images and their classes, of which chance takes one; both
+            0: images stay as they are.
+        smoothing: share of a class's weight that is spread over all of them, where images are mixed.
     """
 
     labels: float = 1.0
@@ -77,6 +81,9 @@ class Recipe(NamedTuple):
     last_lr: float = 0.1
     weight_decay: float = 1e-6
     frozen: tuple[str, ...] = ()
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    smoothing: float = 0.1
 
 
 class Reducer(nn.Module, ABC):
@@ -103,8 +110,10 @@ class Reducer(nn.Module, ABC):
             with in its place. None: the method needs no training.
         recipe: how its authors train.
         official_args: of timm's ``create_model``, for the authors' checkpoints.
+        own_counts: in the authors' form each image has as many patches as the method decides; see ``count_per_image``.
         done: share of a training that is over; whoever trains sets it.
         decided: a method that learns by reward decides instead of drawing; whoever trains sets it.
+        per_image: the method decides how many patches an image keeps, and only marks them; set by ``count_per_image``.
     """
 
     where: ClassVar[Literal["before", "after", "q_rows"]] = "after"
@@ -115,6 +124,7 @@ class Reducer(nn.Module, ABC):
     watches: ClassVar[bool] = False
     grid: ClassVar[bool] = False
     rewarded: ClassVar[bool] = False
+    own_counts: ClassVar[bool] = False
     any_size: ClassVar[bool] = True
     stand_in: ClassVar[str | None] = None
     recipe: ClassVar[Recipe] = Recipe()
@@ -122,6 +132,7 @@ class Reducer(nn.Module, ABC):
     schedules: ClassVar[Mapping[str, Schedule]] = {}
     done: float = 1.0
     decided: bool = False
+    per_image: bool = False
 
     def __init__(self, place: Place = NOWHERE) -> None:
         super().__init__()
@@ -182,6 +193,24 @@ class Reducer(nn.Module, ABC):
     def macs(self, patches: int) -> int:
         """Multiply-accumulates of the method's own weights for ``patches`` that come in."""
         return 0
+
+
+def count_per_image(model: nn.Module) -> nn.Module:
+    """``model``, whose token method decides from now on how many patches each image keeps, as its authors publish it.
+
+    The counts that the method was told say only which blocks reduce. All patches stay in the tensors, those that are
+    removed marked as such: what is kept of each image is ``model.tokens(images).policy`` [B, N, 1]. For studies of
+    accuracy; it saves no time, and a graph needs counts that are told.
+
+    Raises:
+        NotSupported: the method is told how many patches to leave by its authors, too, or there is none.
+    """
+    methods = [module for module in model.modules() if isinstance(module, Reducer)]
+    if not methods or not methods[0].own_counts:
+        raise NotSupported("the counts of this model's token method do not depend on the image")
+    for method in methods:
+        method.per_image = True
+    return model
 
 
 def stepwise(leaves: Callable[[int, int, int], int]) -> Schedule:

@@ -4,16 +4,15 @@ Chen et al., DiffRate: Differentiable Compression Rate for Efficient Vision Tran
 https://arxiv.org/abs/2305.17997.
 Differs from the authors' code: tokens are summed by a product with a 0/1 matrix (a reducing scatter does not parse in
 TensorRT); distillation and register tokens are protected like the class token; a patch unlike all others adds nothing
-to the size of the one it merges into, where theirs may subtract; with counts that are not among the published ones, two
-fifths of the patches that go are dropped and the others merged, about as in the published ones (in block 1 of t-0.7 one
-patch is merged that theirs drops). The authors' search of counts by gradients is not here: the search on measured time
-takes its place.
+to the size of the one it merges into, where theirs may subtract; with counts that are neither published nor found by
+the authors' own search (``vitprune.search.diffrate``), two fifths of the patches that go are dropped and the others
+merged, about as in the published ones (in block 1 of t-0.7 one patch is merged that theirs drops).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError
 from ..model.state import AttentionView, TokenState, wide
-from .base import Reducer, Schedule, gather_tokens, leaves_all
+from .base import NOWHERE, Place, Reducer, Schedule, gather_tokens, leaves_all
 
 # what the authors' search found for DeiT-T, -S and -B and a target in 10^9 multiply-accumulates: tokens with the class
 # token that each of twelve blocks keeps after dropping, and after merging, of the 197 of 224 pixels
@@ -90,17 +89,34 @@ RANKED = {
 }
 
 
+UNTOLD = -1  # how many patches dropping leaves: as published, or by the rule
+
+
 class DiffRate(Reducer):
     """Leaves the ``keep`` patches of highest attention, in that order, with some of the others merged into them.
 
     A patch is merged into the one most alike in its features; all that are merged weigh the same in the mean. A size
     grows by the sizes of what was merged, each times its likeness.
+
+    Attributes:
+        ranked: patches that are left when the last have been dropped, before merging, where a search has found that
+            too; else ``UNTOLD``.
     """
 
     proportional = True
     needs_class_token = True
     drops = True
     schedules: ClassVar[Mapping[str, Schedule]] = {f"published-{name}": _published(name) for name in FOUND}
+
+    def __init__(self, place: Place = NOWHERE) -> None:
+        super().__init__(place)
+        self.ranked: Tensor
+        self.register_buffer("ranked", torch.tensor(UNTOLD))
+        self._told = UNTOLD  # the same as a number, since a graph must not depend on a value
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._told = int(self.ranked)
 
     @staticmethod
     def fewest(patches: int, prefix: int) -> int:
@@ -137,8 +153,15 @@ class DiffRate(Reducer):
             source=None if state.source is None else means(state.source),
         )
 
+    @classmethod
+    def official(cls, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        # what their search learned says how many are kept, which a schedule says here
+        return {name: w for name, w in weights.items() if "prune_ddp" not in name and "merge_ddp" not in name}, {}
+
     def _merged(self, patches: int, keep: int) -> int:
         """How many of ``patches`` are merged into the ``keep`` that are left; the others are dropped."""
+        if self._told != UNTOLD:
+            return max(0, self._told - keep)
         if isinstance(patches, int) and isinstance(keep, int):
             ranked = RANKED.get((self.place.dim, self.place.block, patches, keep))
             if ranked is not None:

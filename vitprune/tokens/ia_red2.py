@@ -5,8 +5,9 @@ https://arxiv.org/abs/2106.12620. The authors published no training code: the in
 file have it, the reward and its baseline as the paper states them, the curriculum and the learning rate are from
 memory.
 Differs from the paper: in evaluation so many patches as are told stay, those of the highest probabilities, where theirs
-are those above one half, so that their number depends on the image; distillation and register tokens are protected like
-the class token; the third of the interpreter's projection that nothing reads is left out.
+are those above one half, so that their number depends on the image (``count_per_image`` decides so); distillation and
+register tokens are protected like the class token; the third of the interpreter's projection that nothing reads is left
+out.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ class IARED2(Reducer):
     needs_class_token = True
     drops = True
     rewarded = True
+    own_counts = True
     stand_in = "evit_drop"
-    recipe = Recipe(lr=1e-3, backbone_lr=0.01, backbone_from=0.75, last_lr=0.01, weight_decay=0.05)
+    recipe = Recipe(
+        lr=1e-3, backbone_lr=0.01, backbone_from=0.75, last_lr=0.01, weight_decay=0.05, mixup=0.0, cutmix=0.0
+    )  # a mixed image has no right answer to be rewarded for
 
     def __init__(self, place: Place = NOWHERE) -> None:
         super().__init__(place)
@@ -48,7 +52,7 @@ class IARED2(Reducer):
         prefix, patches = state.prefix, state.x.shape[1] - state.prefix
         if leaves_all(keep, patches):
             return state
-        if self.training:
+        if self.training or self.per_image:
             return self._marked(state)
         kept = self.chances(state.x)[:, prefix:].topk(patches, dim=1).indices[:, :keep]
         return keep_patches(state, kept)
@@ -62,7 +66,7 @@ class IARED2(Reducer):
 
     def _marked(self, state: TokenState) -> TokenState:
         """All tokens, with a policy that draws or decisions made stricter, and the draws' probability."""
-        prefix, turn = state.prefix, int(self.done * (self.place.stages + 1))
+        prefix, turn = state.prefix, int((self.done if self.training else 1.0) * (self.place.stages + 1))
         if turn < self.place.stage:
             return state
         before = torch.ones_like(state.x[..., :1]) if state.policy is None else state.policy

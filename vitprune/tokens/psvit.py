@@ -2,11 +2,10 @@
 
 Tang et al., Patch Slimming for Efficient Vision Transformers, CVPR 2022, https://arxiv.org/abs/2106.02852. The authors
 published no code; written from the paper's equations as others quote them.
-Differs from the paper: how many positions a block keeps is told from outside (by a search on measured time), where the
-paper adds positions, block by block from the last to the first, until the next block's error is below a threshold, and
-trains each block meanwhile; so the significance is that of the dense model, in which no position is masked yet; and
-products of attention over several blocks are means over the heads of each, where the paper sums over all paths of
-heads.
+Differs from the paper: how many positions a block keeps is told from outside (by a search on measured time, or by the
+paper's own, ``vitprune.search.psvit``); where it is told by measured time, the significance is that of the dense model,
+in which no position is masked yet; and products of attention over several blocks are means over the heads of each,
+where the paper sums over all paths of heads.
 """
 
 from __future__ import annotations
