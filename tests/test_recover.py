@@ -216,18 +216,25 @@ def test_the_learning_rate_rises_then_falls():
 
 TWO_PROCESSES = """
 import os
+import sys
 import torch
 from pathlib import Path
 from tiny import images, tiny_config, tiny_vit
 from vitprune.model.vit import fingerprint
 from vitprune.recover import Batch, RecoverSettings, recover
+from vitprune.parts import load
 from vitprune.surgery import build
+from vitprune.tokens.base import Reducer
 
-teacher = tiny_vit()
-student = build(tiny_config(reducer="evit", keep={0: 26, 1: 14}), teacher.state_dict())
+method, published = sys.argv[1], len(sys.argv) > 2
+pooled = {"pool": "avg", "final_norm": "pooled"} if method == "evovit" else {}
+teacher = tiny_vit(depth=3, **pooled)
+student = build(tiny_config(depth=3, reducer=method, keep={1: 26, 2: 14}, **pooled))
+student.load_state_dict(teacher.state_dict(), strict=False)
 drawn = lambda epoch: torch.randn(16, 4, 3, 28, 28, generator=torch.Generator().manual_seed(epoch))
-batches = lambda epoch: (Batch(some) for some in drawn(epoch))
-settings = RecoverSettings(steps=10_000, seconds=3.0, lr=1e-3, checks=1000)
+batches = lambda epoch: (Batch(some, labels=teacher(some).argmax(1)) for some in drawn(epoch))
+recipe = load("vitprune.tokens", method, Reducer).recipe if published else None
+settings = RecoverSettings(steps=10_000, seconds=3.0, lr=1e-3, checks=1000, recipe=recipe)
 found = recover(student, teacher, batches, images(8), settings, checkpoint=Path("state.pt"))
 said = f"{len(found.checks)} {min(found.checks, key=lambda check: check.loss).step} {fingerprint(found.model)}"
 Path(f"said by {os.environ['RANK']}").write_text(said)
@@ -235,13 +242,16 @@ Path(f"said by {os.environ['RANK']}").write_text(said)
 
 
 @pytest.mark.e2e
-def test_two_processes_agree_when_to_stop_and_on_the_weights(tmp_path):
+@pytest.mark.parametrize(
+    "asked", [["evit"], ["dynamicvit", "published"], ["evovit", "published"], ["ia_red2", "published"]], ids=" ".join
+)
+def test_two_processes_agree_when_to_stop_and_on_the_weights(asked, tmp_path):
     root = Path(__file__).parent.parent
     (tmp_path / "train.py").write_text(TWO_PROCESSES)
     paths = os.pathsep.join(map(str, (root, root / "tests")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
-        command,
+        [sys.executable, *launch, "train.py", *asked],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         timeout=300,

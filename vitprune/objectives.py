@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import InputError
 from .model.config import VitConfig
 from .model.state import TokenState
-from .model.vit import Vit
+from .model.vit import Vit, make_norm
 from .tokens.base import Recipe, Reducer
 
 WRONG = -1.0  # reward of a wrong answer
@@ -42,6 +42,7 @@ class Outputs(NamedTuple):
         kept: [B, N, 1], 1 for the tokens that are compared; None: all are.
         penalty: what the token method adds to the loss.
         draws: what a method that learns by reward drew.
+        second: logits [B, classes] of a second classifier that is trained beside.
     """
 
     answers: Tensor
@@ -49,19 +50,27 @@ class Outputs(NamedTuple):
     kept: Tensor | None = None
     penalty: Tensor | None = None
     draws: Draws | None = None
+    second: Tensor | None = None
 
 
 class Objective(ABC):
-    """A loss between a student and its teacher."""
+    """A loss between a student and its teacher.
+
+    Attributes:
+        needs_labels: the classes of the images.
+        second: a classifier of the class token that learns beside the model and is left behind; None: there is none.
+    """
 
     needs_labels = False
+    second: nn.Module | None = None
 
     def outputs(self, model: Vit, images: Tensor) -> Outputs:
         """What ``model``, the student or the teacher, says of ``images`` [B, C, H, W]."""
         state = model.tokens(images)
         tokens, kept = self.compared(model, state)
         draws = None if state.log_chance is None else _draws(model, images, state)
-        return Outputs(model.classify(state), tokens, kept, state.penalty, draws)
+        second = None if self.second is None else self.second(state.x[:, 0])
+        return Outputs(model.classify(state), tokens, kept, state.penalty, draws, second)
 
     @abstractmethod
     def compared(self, model: Vit, state: TokenState) -> tuple[Tensor, Tensor | None]:
@@ -115,6 +124,8 @@ class Published(Objective):
         if not config.classes:
             raise InputError("recovery: a published recipe trains a classifier, and this model has none")
         self.recipe, self.needs_labels = recipe, recipe.labels > 0
+        if recipe.second and config.class_token and config.pool != "token":
+            self.second = nn.Sequential(make_norm(config), nn.Linear(config.dim, config.classes))
 
     def outputs(self, model: Vit, images: Tensor) -> Outputs:
         last: Any = model.blocks[-1]
@@ -139,6 +150,8 @@ class Published(Objective):
         if recipe.labels:
             assert labels is not None  # they are asked for before the training begins
             loss = loss + recipe.labels * F.cross_entropy(answers, labels)
+            if student.second is not None:
+                loss = loss + recipe.second * F.cross_entropy(student.second.float(), labels)
         if recipe.answers:
             loss = loss + recipe.answers * divergence(answers, teacher.answers.float()).mean()
         if recipe.tokens:

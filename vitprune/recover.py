@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,7 +170,7 @@ class _Run:
         self.mix = _mixing(self.recipe, student.config.classes) if self.objective.needs_labels else None
         self.judge = Distillation(student.config, settings.token_weight)
         self.teacher = _Teacher(teacher.to(self.accelerator.device), self.objective)
-        optimizer = torch.optim.AdamW(_groups(student, self.recipe), lr=settings.lr)
+        optimizer = torch.optim.AdamW(_groups(student, self.objective.second, self.recipe), lr=settings.lr)
         self.student, self.optimizer = self.accelerator.prepare(_WithOutputs(student, self.objective), optimizer)
         self.of = f"{fingerprint(student)} {fingerprint(teacher)} {settings}"
         self.held_out = held_out
@@ -252,6 +252,7 @@ class _Run:
             "checks": [tuple(check) for check in self.checks],
             "best": self.best,
             "student": self.plain.state_dict(),
+            "second": self.objective.second.state_dict() if self.objective.second else {},
             "optimizer": self.optimizer.state_dict(),
         }
         temporary = path.with_name(f".tmp-{path.name}")
@@ -267,6 +268,8 @@ class _Run:
         if state.get("of") != self.of:
             return
         self.plain.load_state_dict(state["student"])
+        if self.objective.second:
+            self.objective.second.load_state_dict(state["second"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best = state["step"], state["best"]
         self.begun = time.monotonic() - state["seconds"]
@@ -345,7 +348,7 @@ class _WithOutputs(nn.Module):
 
     def __init__(self, model: Vit, objective: Objective) -> None:
         super().__init__()
-        self.model, self._objective = model, objective
+        self.model, self._objective, self.second = model, objective, objective.second
 
     def forward(self, images: Tensor) -> Outputs:
         return self._objective.outputs(self.model, images)
@@ -360,11 +363,12 @@ def _mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Te
     return Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
 
 
-def _groups(student: Vit, recipe: Recipe) -> list[dict[str, Any]]:
+def _groups(student: Vit, second: nn.Module | None, recipe: Recipe) -> list[dict[str, Any]]:
     """The weights that learn, for an optimiser: the token method's ``own`` and others, matrices with decay."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name not in recipe.frozen)
+    for name, parameter in chain(student.named_parameters(), second.named_parameters() if second else ()):
         if parameter.requires_grad:
             kind = METHOD_WEIGHT.search(name) is not None, parameter.ndim >= 2
             groups.setdefault(kind, []).append(parameter)

@@ -250,6 +250,8 @@ def test_random_plans_use_levels_only_and_steps_that_the_method_can_do(model):
             assert after in levels.tokens
             assert after >= before - before // 2
     assert random_counts(levels, 12, None, rng).patches == (49,) * 12
+    watching = EVIT._replace(name="evovit", watches=True)  # it cannot act before it has seen anything
+    assert {random_counts(levels, 12, watching, rng).patches[0] for _ in range(20)} == {49}
 
 
 def test_whole_models_are_measured_beside_the_dense_one(model, tmp_path):

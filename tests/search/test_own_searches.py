@@ -99,6 +99,12 @@ def test_operations_that_cannot_be_meant_are_refused(share):
         diffrate.search_counts(model, labelled_by(model), share * macs(model.config), QUICK)
 
 
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"granularity": 0}, {"lr": 0.0}, {"unit_macs": 0.0}], ids=str)
+def test_settings_out_of_range_are_a_sentence(settings):
+    with pytest.raises(InputError, match="a search needs steps, granularity, lr and unit_macs above 0"):
+        RateSettings(**settings)
+
+
 def test_a_search_without_images_says_so():
     model = tiny_vit()
     with pytest.raises(InputError, match="diffrate's search needs calibration images, got none"):

@@ -6,10 +6,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny import images, tiny_vit
+from tiny import images, labelled_by, tiny_vit
+from torch.nn import functional as F
 
 from vitprune.errors import InputError
+from vitprune.objectives import Published
+from vitprune.recover import RecoverSettings, recover
 from vitprune.surgery import reduce_tokens
+from vitprune.tokens.evovit import EvoViT
 
 
 def reduced(**config):
@@ -88,6 +92,39 @@ def test_two_thirds_of_a_training_choose_in_every_block_from_the_first_stage_on(
     assert parked_differ(0.7) == [False, True, False]
     model.eval()
     assert parked_differ(0.5) == [False, True, False]
+
+
+def test_a_second_classifier_of_the_class_token_counts_half():
+    model, labels = reduced(pool="avg", final_norm="pooled"), torch.arange(4)
+    objective = Published(model.config, EvoViT.recipe)
+    said = objective.outputs(model, images(4))
+    answers = model(images(4)), objective.second(model.tokens(images(4)).x[:, 0])
+    want = sum(0.5 * F.cross_entropy(one, labels) for one in answers)
+    torch.testing.assert_close(objective.loss(said, said, labels), want)
+    assert Published(reduced().config, EvoViT.recipe).second is None  # there the model's own reads the class token
+
+
+def test_the_second_classifier_learns_through_an_interruption_and_is_left_behind(tmp_path):
+    teacher = tiny_vit(depth=6, pool="avg", final_norm="pooled")
+    settings = RecoverSettings(steps=6, lr=1e-3, checks=3, recipe=EvoViT.recipe)
+
+    def train(**more):
+        student = reduce_tokens(teacher, "evovit", {2: 20})
+        return recover(student, teacher, labelled_by(teacher), images(8), settings, **more).model.state_dict()
+
+    def stop(step, steps, what):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    whole, file = train(), tmp_path / "state.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(progress=stop, checkpoint=file)
+    second = torch.load(file, weights_only=True)["second"]
+    assert (second["1.weight"] != 0).any()
+    resumed = train(checkpoint=file)
+    assert resumed.keys() == teacher.state_dict().keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_the_first_block_cannot_act():

@@ -91,6 +91,7 @@ class TokenMethod(NamedTuple):
         fewest: (patches, prefix) -> the fewest patch tokens that one application can leave.
         reaches: (patches, fewer, prefix) -> whether one application can leave so many.
         judged_as: name of the method whose losses are taken for this one's: its own, or its stand-in's.
+        watches: it must have seen the attention of a block before, and cannot act in the first.
     """
 
     name: str
@@ -101,6 +102,7 @@ class TokenMethod(NamedTuple):
     reaches: Callable[[int, int, int], bool]
     judged_as: str
     grid: bool = False
+    watches: bool = False
 
     @classmethod
     def of(cls, name: str, reducer: Any, trained: bool = False) -> TokenMethod:
@@ -117,4 +119,5 @@ class TokenMethod(NamedTuple):
             reducer.reaches,
             name if trained else reducer.stand_in or name,
             reducer.grid,
+            reducer.watches,
         )

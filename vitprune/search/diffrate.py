@@ -47,6 +47,10 @@ class RateSettings:
     weight: float = 5.0
     unit_macs: float = 1e9
 
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.granularity < 1 or not self.lr > 0 or not self.unit_macs > 0:
+            raise InputError(f"a search needs steps, granularity, lr and unit_macs above 0, got {self}")
+
 
 def search_counts(
     model: Vit,

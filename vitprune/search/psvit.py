@@ -57,19 +57,20 @@ def search_counts(model: Vit, images: Tensor, tolerance: float = 0.01, step: int
     blocks = [cast(Block, block) for block in model.blocks]
     counts, weights = [patches] * len(blocks), {}
     for number in reversed(range(1, len(blocks))):
-        block = blocks[number]
-        significance = torch.zeros(prefix + patches, device=images.device)
-        for part, state in enumerate(states[number]):
-            reach[part] = _reached(block, state, reach[part], prefix, kept)
-            length = _lengths(blocks[number - 1], states[number - 1][part])
-            significance += (reach[part].diagonal(dim1=-2, dim2=-1) * length).sum(0) / len(images)
-        wanted, ranked = kept, significance[prefix:].argsort(descending=True)
+        block, before = blocks[number], blocks[number - 1]
+        reach = [_reached(block, state, seen, prefix, kept) for state, seen in zip(states[number], reach, strict=True)]
+        significance = torch.cat(
+            [
+                seen.diagonal(dim1=-2, dim2=-1) * _lengths(before, state)
+                for state, seen in zip(states[number - 1], reach, strict=True)
+            ]
+        ).mean(0)[prefix:]
         around = list(zip(states[number], states[number + 1], strict=True))
-        kept = _enough(block, around, prefix, wanted, ranked, tolerance, step)
+        kept = _enough(block, around, prefix, kept, significance.argsort(descending=True), tolerance, step)
         counts[number - 1] = len(kept)
         # those that stay rank before all others
-        chosen = (significance[prefix:] / significance.sum()).index_add(0, kept, torch.ones_like(significance)[kept])
-        weights[f"blocks.{number - 1}.reducer.significance"] = chosen
+        first = torch.zeros_like(significance).index_fill(0, kept, 1.0)
+        weights[f"blocks.{number - 1}.reducer.significance"] = first + significance / significance.sum()
     counts[-1] = counts[-2:][0]
     changed = {block for block, (n, k) in enumerate(zip((patches, *counts), counts, strict=False)) if k < n}
     return Found(tuple(counts), {name: w for name, w in weights.items() if int(name.split(".")[1]) in changed})

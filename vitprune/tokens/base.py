@@ -56,6 +56,8 @@ class Recipe(NamedTuple):
 
     Attributes:
         labels: weight of the cross entropy with the images' classes.
+        second: weight of the cross entropy of a second classifier, which reads the class token where the model's own
+            reads the mean, and is left behind when the training is over.
         answers: weight of KL(teacher || student).
         tokens: weight of the mean squared error between the teacher's patch tokens behind the last norm and the
             student's, of those that it keeps.
@@ -72,6 +74,7 @@ class Recipe(NamedTuple):
     """
 
     labels: float = 1.0
+    second: float = 0.0
     answers: float = 0.0
     tokens: float = 0.0
     lr: float = 2e-5

@@ -4,9 +4,9 @@ Xu et al., Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer, AA
 https://arxiv.org/abs/2108.01390, as the official code has it for DeiT: patches that wait stay as they are, and the mean
 that is classified counts them.
 Differs from the authors' code: attention is averaged over heads, where theirs is summed, which ranks alike and holds
-where blocks have fewer heads; the second classifier, on the class token, which the authors train beside and remove
-afterwards, is left out; distillation and register tokens are protected like the class token; counts that a search found
-may fall from stage to stage.
+where blocks have fewer heads; a model whose classifier reads the class token keeps it, and trains no second one;
+distillation and register tokens are protected like the class token; counts that a search found may fall from stage to
+stage.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class EvoViT(Reducer):
     needs_class_token = True
     drops = True
     stand_in = "evit_drop"
-    recipe = Recipe(lr=1e-3, warmup=5 / 300, last_lr=0.01, weight_decay=0.05)
+    recipe = Recipe(labels=0.5, second=0.5, lr=1e-3, warmup=5 / 300, last_lr=0.01, weight_decay=0.05)
     schedules: ClassVar[Mapping[str, Schedule]] = {"published-0.5": _keeping(0.5)}
     official_args: ClassVar[Mapping[str, object]] = {"global_pool": "avg"}
 

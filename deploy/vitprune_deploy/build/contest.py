@@ -57,7 +57,7 @@ class Entry:
         wanted = bench.profile.search
         table = LatencyTable.from_dict(bench.json("measure", "latency_table.json"))
         losses = LossTable.from_dict(bench.json("losses", losses_file(method.judged_as if method else None)))
-        losses = _only_blocks(losses, bench.token_blocks())
+        losses = _only_blocks(losses, bench.token_blocks(), method)
         self.bench, self.method, self.name = bench, method, method.name if method else "none"
         self.problem = Problem(table, losses, method, sizes(bench), schedule=bench.schedule())
         self.rankings = Rankings.load(bench.folders["losses"] / RANKINGS)
@@ -108,11 +108,11 @@ def _tell(bench: Bench, name: str) -> Any:
     )
 
 
-def _only_blocks(losses: Any, blocks: Collection[int] | None) -> Any:
-    """The losses without those of reducing tokens in other blocks than ``blocks``."""
-    if blocks is None:
-        return losses
-    return replace(losses, tokens=[curve if i in blocks else {} for i, curve in enumerate(losses.tokens)])
+def _only_blocks(losses: Any, blocks: Collection[int] | None, method: TokenMethod | None) -> Any:
+    """The losses without those of reducing tokens in other blocks than ``blocks``, or where ``method`` cannot."""
+    first = 1 if method is not None and method.watches else 0
+    allowed = [i >= first and (blocks is None or i in blocks) for i in range(len(losses.tokens))]
+    return replace(losses, tokens=[curve if ok else {} for curve, ok in zip(losses.tokens, allowed, strict=True)])
 
 
 def target(bench: Bench) -> Any:

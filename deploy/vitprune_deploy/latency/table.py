@@ -329,7 +329,8 @@ def _anchors(levels: Levels, depth: int, request: Request) -> dict[str, Counts]:
     }
     low = min(reachable(request.method, patches, levels), default=patches)
     if low < patches:
-        anchors["early"] = Counts((heads,) * depth, (units,) * depth, (low,) * depth)
+        first = patches if request.method and request.method.watches and depth > 1 else low
+        anchors["early"] = Counts((heads,) * depth, (units,) * depth, (first, *(low,) * (depth - 1)))
     else:
         anchors["shallow"] = Counts.dense(
             [heads] * half + [0] * (depth - half), [units] * half + [0] * (depth - half), patches

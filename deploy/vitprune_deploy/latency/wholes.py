@@ -90,6 +90,8 @@ def random_counts(levels: Levels, depth: int, method: TokenMethod | None, rng: n
     heads = tuple(int(rng.choice(levels.heads)) for _ in range(depth))
     mlp = tuple(int(rng.choice(levels.mlp)) for _ in range(depth))
     cuts = set(rng.choice(depth, size=min(3, depth), replace=False).tolist()) if method else set()
+    if method and method.watches:
+        cuts -= {0}
     patches, left = [], levels.tokens[0]
     for block in range(depth):
         within = reachable(method, left, levels)
