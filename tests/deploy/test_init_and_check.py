@@ -138,7 +138,7 @@ def test_check_finds_nothing_wrong_with_what_can_be_built_and_estimates_the_time
     assert found["problems"] == []
     assert found["images"] == {"calibration": 16, "recovery": 82, "test": 82}
     assert found["token_methods"] == [
-        "ats_fixed", "diffrate", "evit", "evit_drop", "pitome", "psvit", "tome", "zero_tprune",
+        "ats_fixed", "diffrate", "dpsvit", "evit", "evit_drop", "pitome", "psvit", "tome", "zero_tprune",
     ]  # fmt: skip
     assert found["folder"] == "out/tiny"
     seconds = found["estimated_seconds"]

@@ -216,6 +216,7 @@ def test_all_methods_are_those_that_need_no_training_and_can_leave_any_count(pro
     assert [one.name for one in found] == [
         "ats_fixed",
         "diffrate",
+        "dpsvit",
         "evit",
         "evit_drop",
         "pitome",

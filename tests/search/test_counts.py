@@ -38,7 +38,7 @@ def test_a_token_method_is_read_off_its_reducer_class():
     class Halving:
         where, proportional, needs_class_token, stand_in = "before", True, False, None
 
-        grid = False
+        grid, watches = False, True
 
         @staticmethod
         def fewest(patches, prefix):
@@ -52,3 +52,4 @@ def test_a_token_method_is_read_off_its_reducer_class():
     assert method[:4] == ("halving", "before", True, False)
     assert method.fewest(49, 1) == 24
     assert method.judged_as == "halving"
+    assert method.watches
