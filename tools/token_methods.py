@@ -42,8 +42,8 @@ slim = reduce_tokens(from_timm("deit_small_patch16_224").model, "evit", "publish
 ```
 
 - Where the authors find counts by a search of their own, it is a function: `vitprune.search.diffrate.search_counts` and
-  `vitprune.search.psvit.search_counts`. What they return goes into `reduce_tokens`, and the counts into a profile's
-  `prune.tokens.schedule`.
+  `vitprune.search.psvit.search_counts`. What they return goes into `reduce_tokens`; a profile's `prune.tokens.schedule`
+  takes the counts alone.
 - Where the authors let each image have its own count (`ats_fixed`, `ia_red2`), `vitprune.tokens.base.count_per_image`
   makes a model decide so, for studies of accuracy. Graphs have the counts that they are told.
 

@@ -129,7 +129,7 @@ class Rate(nn.Module):
 
 
 class _Step(NamedTuple):
-    """What one block did: the numbers left as they were found, with gradients; None: nothing."""
+    """What one block did: the numbers of patches that its rates said, with gradients."""
 
     dropping: Tensor
     merging: Tensor

@@ -71,7 +71,7 @@ def search_counts(model: Vit, images: Tensor, tolerance: float = 0.01, step: int
         # those that stay rank before all others
         first = torch.zeros_like(significance).index_fill(0, kept, 1.0)
         weights[f"blocks.{number - 1}.reducer.significance"] = first + significance / significance.sum()
-    counts[-1] = counts[-2:][0]
+    counts[-1] = counts[-2:][0]  # a model of one block keeps all
     changed = {block for block, (n, k) in enumerate(zip((patches, *counts), counts, strict=False)) if k < n}
     return Found(tuple(counts), {name: w for name, w in weights.items() if int(name.split(".")[1]) in changed})
 
