@@ -94,7 +94,14 @@ def page(rows: Iterable[dict[str, Any]], options: argparse.Namespace) -> str:
         best = sorted(table, key=lambda found: -found["top1"])
         text += f"\n## {asked} asked\n\n| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}\n"
         text += "".join(f"| {' | '.join(cells(found))} |\n" for found in best)
+        without = [f"`{name}`" for name in parts.names("vitprune.tokens") if f"{name} {asked}" not in had(table)]
+        text += f"\nNot run: {', '.join(without)}.\n" if without else ""
     return text
+
+
+def had(table: list[dict[str, Any]]) -> set[str]:
+    """The methods that have rows, with what was asked of them."""
+    return {" ".join(found["row"].split()[:2]) for found in table}
 
 
 def cells(found: dict[str, Any]) -> tuple[str, ...]:

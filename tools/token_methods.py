@@ -25,7 +25,7 @@ ABOVE = """# Token methods
 Each file of this folder is one method; its name is what a profile calls `prune.tokens.method`. Written by
 `tools/token_methods.py`. A model has one token method, beside any pruning of heads, MLP width and depth: each is a
 family of its own, and a plan with two of them is refused. Blocks whose heads were pruned score by those that are left.
-All have static counts in the exported graph, with a free batch.
+All have static counts in the exported graph, with a free batch. [Compared](COMPARISON.md) on the quickstart's model.
 
 - *acts*: `after` between attention and MLP; `before` in front of the block; `q_rows` inside attention, where the
   patches that are left ask and all are read.
