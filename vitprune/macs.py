@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
+from torch import Tensor
 
 from . import parts
 from .model.config import BlockConfig, VitConfig
@@ -25,14 +28,22 @@ def macs(config: VitConfig) -> int:
             where = reducers[number].where
             total += reducers[number].macs(tokens - config.prefix)
             read, asking = left if where == "before" else tokens, tokens if where == "after" else left
-        total += _attention_macs(config, block, read, asking)
-        in_mlp = asking if config.residual == "parallel" else left
-        total += in_mlp * config.dim * block.mlp * (3 if config.gated else 2)
+        total += block_macs(config, block, read, asking, asking if config.residual == "parallel" else left)
         tokens = left
     if config.pool == "map":
         pooled = tokens if config.pool_prefix else tokens - config.prefix
         total += pooled * 2 * config.dim * (config.dim + 1) + config.dim * (config.dim + 2 * config.pool_mlp)
     return total + _heads(config) * config.dim * config.classes
+
+
+Amount = TypeVar("Amount", int, Tensor)
+
+
+def block_macs(config: VitConfig, block: BlockConfig, tokens: Amount, queries: Amount, in_mlp: Amount) -> Amount:
+    """Those of a block in which ``queries`` of ``tokens`` ask, all are read, and ``in_mlp`` pass the MLP."""
+    both = block.heads * (block.qk_dim + block.v_dim)
+    attention = (queries + tokens) * config.dim * both + queries * tokens * both
+    return attention + in_mlp * config.dim * block.mlp * (3 if config.gated else 2)
 
 
 def params(config: VitConfig) -> int:
@@ -56,12 +67,6 @@ def _reducers(config: VitConfig) -> dict[int, Reducer]:
     kind = parts.load("vitprune.tokens", config.reducer, Reducer)  # type: ignore[type-abstract]
     with torch.device("meta"):
         return {n: kind(Place.of(config, n)) for n, block in enumerate(config.blocks) if block.patches}
-
-
-def _attention_macs(config: VitConfig, block: BlockConfig, tokens: int, queries: int) -> int:
-    """Attention in which ``queries`` of ``tokens`` ask, and all are read."""
-    both = block.heads * (block.qk_dim + block.v_dim)
-    return (queries + tokens) * config.dim * both + queries * tokens * both
 
 
 def _block_params(config: VitConfig, block: BlockConfig) -> int:

@@ -30,6 +30,15 @@ class TokenState(NamedTuple):
         """The same state, with ``error`` added to the training loss."""
         return self._replace(penalty=error if self.penalty is None else self.penalty + error)
 
+    def marks(self) -> Tensor:
+        """The policy, [B, N, 1]; ones where nothing has been marked."""
+        return torch.ones_like(self.x[..., :1]) if self.policy is None else self.policy
+
+    def marked(self, kept: Tensor) -> TokenState:
+        """The same state, the patches for which ``kept`` [B, n, 1] is 0 marked as removed, besides those before."""
+        before = self.marks()
+        return self._replace(policy=torch.cat([before[:, : self.prefix], kept * before[:, self.prefix :]], dim=1))
+
     def unparked(self) -> TokenState:
         """All tokens, those that were parked behind the others."""
         if self.parked is None:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..macs import macs
-from ..model.config import BlockConfig, VitConfig
+from ..macs import block_macs, macs
 from ..model.state import AttentionView, TokenState, wide
 from ..model.vit import Vit
 from ..recover import Batches, Progress, endless, learning_rate_share
@@ -154,7 +153,7 @@ class _Searched(Reducer):
 
     def forward(self, state: TokenState, attention: AttentionView, keep: int) -> TokenState:
         ones, prefix = torch.ones_like(state.x[..., :1]), state.prefix
-        before = ones if state.policy is None else state.policy
+        before = state.marks()
         state = state._replace(policy=before, size=ones if state.size is None else state.size)
         among = _whole(before[0, prefix:].sum())
         score = attention.class_row(before).mean(1)[:, prefix:].detach()
@@ -168,12 +167,7 @@ class _Searched(Reducer):
 
 def _marked(state: TokenState, rate: Rate, left: int, among: int) -> TokenState:
     """``state`` with its patches from ``left`` to ``among`` marked as removed."""
-    assert state.policy is not None
-    if left == among:
-        return state
-    prefix, policy = state.prefix, state.policy
-    mask = rate.mask(left, among, policy.shape[1] - prefix)
-    return state._replace(policy=torch.cat([policy[:, :prefix], policy[:, prefix:] * mask], dim=1))
+    return state if left == among else state.marked(rate.mask(left, among, state.x.shape[1] - state.prefix))
 
 
 def _merged(state: TokenState, left: int, ranked: int) -> TokenState:
@@ -216,8 +210,8 @@ def _macs(model: Vit) -> Tensor:
         entering = config.prefix + left
         if isinstance(module.reducer, _Searched):
             left = _least(left, module.reducer.last)
-        total = total + _block_macs(config, block, entering, config.prefix + left)
-        total = total - _block_macs(config, block, all_of_them, all_of_them)
+        total = total + block_macs(config, block, entering, entering, config.prefix + left)
+        total = total - block_macs(config, block, *3 * (all_of_them,))
     return total
 
 
@@ -225,12 +219,6 @@ def _least(entering: Tensor, step: _Step) -> Tensor:
     """The least of three numbers; its gradient goes to the two that are searched, whichever it is."""
     both = step.dropping + step.merging
     return torch.minimum(entering, torch.minimum(*step)).detach() + both - both.detach()
-
-
-def _block_macs(config: VitConfig, block: BlockConfig, tokens: Tensor, in_mlp: Tensor) -> Tensor:
-    both = block.heads * (block.qk_dim + block.v_dim)
-    attention = 2 * tokens * config.dim * both + tokens * tokens * both
-    return attention + in_mlp * config.dim * block.mlp * (3 if config.gated else 2)
 
 
 def _whole(number: Tensor) -> int:

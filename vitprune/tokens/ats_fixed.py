@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..model.state import AttentionView, TokenState, wide
-from .base import Reducer, keep_patches, leaves_all
+from .base import Reducer, keep_best, leaves_all
 
 
 class ATSFixed(Reducer):
@@ -38,21 +38,18 @@ class ATSFixed(Reducer):
         score = attention.class_row(state.policy).sum(1) * wide(attention.v).square().sum((1, 3)).sqrt()
         if self.per_image:
             return self._sampled(state, score[:, prefix:])
-        kept = score[:, prefix:].topk(patches, dim=1).indices[:, :keep]
-        return keep_patches(state, kept)
+        return keep_best(state, score[:, prefix:], keep)
 
     def _sampled(self, state: TokenState, score: Tensor) -> TokenState:
         """All patches, with a policy that keeps those that samples of ``score`` [B, n] fall on.
 
         There is one sample for each patch of the image, at even steps of the cumulative score.
         """
-        prefix = state.prefix
-        before = torch.ones_like(state.x[..., :1]) if state.policy is None else state.policy
-        ranked, order = (score * before[:, prefix:, 0]).sort(dim=1)
+        ranked, order = (score * state.marks()[:, state.prefix :, 0]).sort(dim=1)
         summed = ranked.cumsum(1)
         summed = (summed - summed[:, :1]) / (summed[:, -1:] - summed[:, :1])
         start = summed.masked_fill(summed == 0, torch.inf).amin(1, keepdim=True)
         samples = start + (1 - start) * torch.linspace(0, 1, state.patches, device=score.device)
         nearest = (samples[:, :, None] - summed[:, None]).abs().argmin(2)
         kept = torch.zeros_like(score).scatter(1, order.gather(1, nearest), 1.0)[..., None]
-        return state._replace(policy=torch.cat([before[:, :prefix], before[:, prefix:] * kept.to(before.dtype)], dim=1))
+        return state.marked(kept.to(state.x.dtype))

@@ -257,6 +257,12 @@ def keep_patches(state: TokenState, index: Tensor) -> TokenState:
     return state.select(lambda of: torch.cat([of[:, :prefix], gather_tokens(of[:, prefix:], index)], dim=1))
 
 
+def keep_best(state: TokenState, score: Tensor, keep: int) -> TokenState:
+    """The prefix and the ``keep`` patches of the highest ``score`` [B, n], one for each patch, best first."""
+    # all are sorted and some taken: ``keep`` may be symbolic
+    return keep_patches(state, score.topk(score.shape[1], dim=1).indices[:, :keep])
+
+
 def track_sources(state: TokenState) -> TokenState:
     """``state`` of an image's own patches, made to record which of them end up in which token."""
     patches = state.x.shape[1] - state.prefix

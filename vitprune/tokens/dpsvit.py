@@ -10,7 +10,7 @@ attention makes of it. Distillation and register tokens are protected like the c
 from __future__ import annotations
 
 from ..model.state import AttentionView, TokenState, wide
-from .base import Reducer, keep_patches, leaves_all
+from .base import Reducer, keep_best, leaves_all
 
 
 class DPSViT(Reducer):
@@ -32,4 +32,4 @@ class DPSViT(Reducer):
         if leaves_all(keep, patches):
             return state
         score = (attention.class_row().square() * wide(attention.v).square().sum(-1)).sum(1)
-        return keep_patches(state, score[:, prefix:].topk(patches, dim=1).indices[:, :keep])
+        return keep_best(state, score[:, prefix:], keep)

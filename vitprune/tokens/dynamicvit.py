@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..errors import InputError
 from ..model.state import TokenState
 from ._predictor import Predictor, predictor_macs
-from .base import NOWHERE, Place, Recipe, Schedule, keep_patches, leaves_all, thrice
+from .base import NOWHERE, Place, Recipe, Schedule, keep_best, leaves_all, thrice
 
 RATIO_WEIGHT = 2.0  # of the squared error of the kept share; the authors' for DeiT-S, who take 5 for DeiT-B
 
@@ -80,8 +80,7 @@ class DynamicViT(Predictor):
         if self.training:
             return self._marked(state, keep)
         logits = self.logits(state.x[:, prefix:])
-        kept = (logits[..., 0] - logits[..., 1]).topk(patches, dim=1).indices[:, :keep]
-        return keep_patches(state, kept)
+        return keep_best(state, logits[..., 0] - logits[..., 1], keep)
 
     def logits(self, x: Tensor, policy: Tensor | None = None) -> Tensor:
         """Of keeping and dropping each patch, [B, n, 2], from ``x`` [B, n, C]; ``policy`` [B, n, 1] weights means."""
@@ -90,7 +89,7 @@ class DynamicViT(Predictor):
     def _marked(self, state: TokenState, keep: int) -> TokenState:
         """All tokens, with a policy that a sample of the predictor made stricter, and the error of its share."""
         prefix = state.prefix
-        before = torch.ones_like(state.x[..., :1]) if state.policy is None else state.policy
+        before = state.marks()
         logits = self.logits(state.x[:, prefix:], before[:, prefix:]).float()
         kept = F.gumbel_softmax(logits, hard=True)[..., :1] * before[:, prefix:]
         error = (kept.mean(1) - keep / state.patches).square().mean() * RATIO_WEIGHT / self.place.stages

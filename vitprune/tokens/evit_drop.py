@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from ..model.state import AttentionView, TokenState
-from .base import Reducer, Schedule, keep_patches, leaves_all, stepwise, thrice
+from .base import Reducer, Schedule, keep_best, leaves_all, stepwise, thrice
 
 
 def _keeping(rate: float) -> Schedule:
@@ -38,5 +38,4 @@ class EViTDrop(Reducer):
         prefix, patches = state.prefix, state.x.shape[1] - state.prefix
         if leaves_all(keep, patches):
             return state
-        kept = attention.class_row().mean(1)[:, prefix:].topk(patches, dim=1).indices[:, :keep]
-        return keep_patches(state, kept)
+        return keep_best(state, attention.class_row().mean(1)[:, prefix:], keep)

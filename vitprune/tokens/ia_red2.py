@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..model.state import TokenState
-from .base import NOWHERE, Place, Recipe, Reducer, keep_patches, leaves_all
+from .base import NOWHERE, Place, Recipe, Reducer, keep_best, leaves_all
 
 EVEN = 0.5  # a patch that is as likely dropped as kept
 
@@ -54,8 +54,7 @@ class IARED2(Reducer):
             return state
         if self.training or self.per_image:
             return self._marked(state)
-        kept = self.chances(state.x)[:, prefix:].topk(patches, dim=1).indices[:, :keep]
-        return keep_patches(state, kept)
+        return keep_best(state, self.chances(state.x)[:, prefix:], keep)
 
     def chances(self, x: Tensor) -> Tensor:
         """The probability of each token of ``x`` [B, N, C] to be kept, [B, N]: the mean over heads of sigmoids."""
@@ -69,7 +68,7 @@ class IARED2(Reducer):
         prefix, turn = state.prefix, int((self.done if self.training else 1.0) * (self.place.stages + 1))
         if turn < self.place.stage:
             return state
-        before = torch.ones_like(state.x[..., :1]) if state.policy is None else state.policy
+        before = state.marks()
         chance = self.chances(state.x * before)[:, prefix:, None]
         kept = (chance > EVEN).to(before.dtype)
         log_chance = state.log_chance
@@ -77,8 +76,7 @@ class IARED2(Reducer):
             kept = torch.bernoulli(chance.detach())
             drawn = torch.where(kept > 0, chance, 1 - chance).clamp(min=1e-6).log() * before[:, prefix:]
             log_chance = drawn.sum((1, 2)) if log_chance is None else log_chance + drawn.sum((1, 2))
-        policy = torch.cat([before[:, :prefix], kept * before[:, prefix:]], dim=1)
-        return state._replace(policy=policy, log_chance=log_chance)
+        return state.marked(kept)._replace(log_chance=log_chance)
 
     def macs(self, patches: int) -> int:
         dim = self.place.dim

@@ -120,7 +120,7 @@ class SPViT(Predictor):
         """All tokens and a new package, a stricter policy, and the error of the share that is kept of the batch."""
         prefix, packages = state.prefix, state.packages
         last = state.x.shape[1] - packages  # behind the patches
-        before = torch.ones_like(state.x[..., :1]) if state.policy is None else state.policy
+        before = state.marks()
         logits, chance = self.judge(state.x[:, prefix:], before[:, prefix:])
         sample = F.gumbel_softmax(logits.float(), hard=True)[..., :1]
         kept = sample[:, : last - prefix] * before[:, prefix:last]
