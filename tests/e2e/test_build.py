@@ -193,6 +193,15 @@ def test_a_schedule_is_what_the_built_model_keeps(profile_path, tmp_path):
     assert manifest.parity.max_abs <= 1e-4
 
 
+def test_a_methods_own_search_says_what_the_built_model_keeps(profile_path, tmp_path):
+    own = ["prune={tokens: {method: psvit, schedule: own-0.001}, last_block: full}", "search.landings=0"]
+    build(load_profile(profile_path, own), tmp_path / "out", Console(quiet=True))
+    found = json.loads(next((tmp_path / "out" / ".work").glob("methods-*/counts.json")).read_text())
+    assert found[0] < 64
+    plan = Plan.from_dict(yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text()))
+    assert [block.patches for block in plan.blocks] == [found[0], found[1] if found[1] < found[0] else None, None]
+
+
 @pytest.mark.parametrize(
     ("method", "recipe"),
     [("dynamicvit", "published"), ("evovit", "published"), ("ia_red2", "distil"), ("cait", "distil")],

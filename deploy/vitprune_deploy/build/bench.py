@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 RANKINGS = "rankings"  # in the folder of the stage that measures losses
 METHOD_WEIGHTS = "-weights.safetensors"  # behind a token method's name: in the stage that found them
 METHODS = "methods.json"  # in the folder of the stage that chooses token methods
+OWN_COUNTS = "counts.json"  # there too, where a method's own search was asked for
 
 
 class Shows(Protocol):
@@ -183,16 +184,24 @@ class Bench:
     def schedule(self) -> tuple[int, ...] | None:
         """Patch tokens that leave each block, where the profile gives them; None: they are searched.
 
+        Those of a method's own search are known from the stage ``methods`` on; None before it.
+
         Raises:
             InputError: the schedule does not fit the method or the model.
         """
         from vitprune.schedules import counts
+        from vitprune.search.own import check_own, own_number
 
         wanted, config = self.profile.prune.tokens.schedule, self.dense.config
         if wanted is None:
             return None
-        method = self.candidates()[0].name
+        method, number = self.candidates()[0].name, own_number(wanted)
         try:
+            if number is not None:
+                check_own(method, number)
+                if "methods" not in self.folders:
+                    return None
+                wanted = self.json("methods", OWN_COUNTS)
             return counts(method, wanted, len(config.blocks), config.patches, config.prefix)
         except InputError as error:
             raise InputError(f"prune.tokens.schedule: {error}") from error

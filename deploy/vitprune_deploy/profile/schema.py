@@ -247,7 +247,8 @@ class Tokens(Section):
     )
     schedule: str | dict[Annotated[int, Field(ge=0, le=1000)], Count] | None = Field(
         default=None,
-        description="a published one such as published-0.7, or {block: patch tokens that leave it}; null: searched",
+        description="a published one such as published-0.7; own-NUMBER, the search of the method's authors (diffrate: "
+        "share of operations left, psvit: error of a block); or {block: patch tokens that leave it}; null: searched",
     )
     levels: Annotated[int, Field(ge=2, le=256)] | tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         default=16, description="token counts to choose from: how many, or the shares kept such as [1.0, 0.7, 0.5]"
