@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from vitprune.errors import InputError
+
 Self = TypeVar("Self", bound="Backend")
 
 
@@ -81,6 +83,20 @@ class Backend(ABC):
         """Milliseconds of each of ``runs`` runs in a row. Nothing is warmed up, nothing discarded."""
         once = self.bind(feed)
         return [once() for _ in range(runs)]
+
+    def refuse_misfit(self, feed: Mapping[str, np.ndarray]) -> None:
+        """Raise InputError where ``feed`` does not fit the inputs: a sentence, where a runtime has a page."""
+        wanted = {spec.name: spec for spec in self.inputs}
+        if feed.keys() != wanted.keys():
+            raise InputError(f"this model's inputs are {', '.join(sorted(wanted))}, got {', '.join(sorted(feed))}")
+        for name, array in feed.items():
+            spec = wanted[name]
+            fits = len(array.shape) == len(spec.shape) and all(
+                isinstance(want, str) or want == got for want, got in zip(spec.shape, array.shape, strict=True)
+            )
+            if not fits or array.dtype.name != spec.dtype:
+                wants = f"{spec.dtype} [{', '.join(map(str, spec.shape))}]"
+                raise InputError(f"input {name} must be {wants}, got {array.dtype.name} {list(array.shape)}")
 
     def thread_ids(self) -> list[int]:
         """Kernel ids of the threads that the runtime keeps for this model; empty where they are not known."""

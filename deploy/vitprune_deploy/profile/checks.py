@@ -18,7 +18,15 @@ Rule = Callable[[Any], Iterator[Problem]]
 
 RULES: list[Rule] = []
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # tensorrt_rtx.ComputeCapability, 1.7
-PROVIDERS = ("cpu", "cuda", "tensorrt", "openvino", "coreml", "directml")  # short for ...ExecutionProvider
+PROVIDERS = (
+    "cpu",
+    "cuda",
+    "tensorrt",
+    "tensorrt-rtx",
+    "openvino",
+    "coreml",
+    "directml",
+)  # short for an ...ExecutionProvider
 
 
 class Unknown(Exception):
