@@ -292,6 +292,19 @@ def export(
     return building.export(show, profile, set_, out, fresh=fresh)
 
 
+@_verb("  vitprune-deploy refit out/small/engine/model.plan trained/model.onnx --output engines/trained.plan")
+def refit(
+    show: console.Console,
+    engine: Annotated[Path, typer.Argument(metavar="ENGINE.plan", help="built with runtime.refit: true")],
+    onnx: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="of the same plan and precision")],
+    output: Annotated[Path, typer.Option(help="the new engine; its sidecar lies beside it")],
+) -> Answer:
+    """Give a TensorRT engine new weights. Without building it again; needs its GPU."""
+    from .verbs import refit as verb
+
+    return verb.refit(engine, onnx, output)
+
+
 @_verb("  vitprune-deploy validate out/quickstart")
 def validate(
     show: console.Console,

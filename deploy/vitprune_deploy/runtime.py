@@ -174,7 +174,8 @@ def load(path: Path | str, *, runtime: str | None = None, threads: int | None = 
     engine = _engine(manifest, folder, runtime)
     extra: dict[str, Any] = engine.model_extra or {}
     name = extra.get("file", "model.onnx")
-    for needed in [n for n in manifest.files if n.startswith(name)] or [name]:  # with the weights beside it
+    beside = f"{name.removesuffix('.plan')}.json"  # what a plan says of itself; as with a model's weights, it counts
+    for needed in [n for n in manifest.files if n.startswith(name) or n == beside] or [name]:
         if verify:
             manifest.file(folder, needed)
     preprocess = preprocess_of(manifest, folder)

@@ -20,7 +20,16 @@ class TensorSpec(NamedTuple):
 
     name: str
     shape: tuple[int | str, ...]  # a name stands for a size that is free
-    dtype: str  # as numpy calls it: float32, float16, int64
+    dtype: str  # as numpy calls it: float32, float16, int64; bfloat16
+
+
+def number_format(name: str) -> np.dtype[Any]:
+    """The numpy type of a ``TensorSpec``. That for bfloat16 is of the package ml_dtypes, which onnx brings."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
 
 
 class Backend(ABC):

@@ -126,7 +126,16 @@ def _wholes(bench: Bench, searched: Mapping[str, Any]) -> list[Whole]:
 
 
 def _notes(bench: Bench, searched: Mapping[str, Any]) -> list[str]:
-    notes = []
+    from ..export.islands import Island, sentence
+
+    kept = bench.json("export", "export.json").get("islands", {}).get("model.onnx", [])
+    notes = [sentence([Island(**one) for one in kept])] if kept else []
+    price = bench.json("validate", "figures.json").get("compatibility")
+    if price:
+        notes.append(
+            f"To serve other GPUs or versions of TensorRT, the engine takes {price['with_ms']:.3g} ms, which is "
+            f"{price['times']:.2f} times the {price['without_ms']:.3g} ms without (medians of {price['runs']} runs)."
+        )
     checks = bench.json("recover", "recovery.json")
     if checks:
         notes.append(

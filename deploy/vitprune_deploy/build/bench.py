@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from vitprune.model.vit import Vit
     from vitprune.search.counts import TokenMethod
 
+    from ..export.islands import Island
+
 RANKINGS = "rankings"  # in the folder of the stage that measures losses
 METHOD_WEIGHTS = "-weights.safetensors"  # behind a token method's name: in the stage that found them
+RANGE_IMAGES = 64  # that tell which operations fp16 cannot hold
 METHODS = "methods.json"  # in the folder of the stage that chooses token methods
 OWN_COUNTS = "counts.json"  # there too, where a method's own search was asked for
 
@@ -52,6 +55,7 @@ class Bench:
     shows: Shows
     work: Path
     folders: dict[str, Path] = field(default_factory=dict)
+    _dense_islands: Sequence[Island] | None = field(default=None, init=False, repr=False)
 
     def json(self, stage: str, name: str) -> Any:
         """What a finished stage wrote to the JSON file ``name``."""
@@ -133,6 +137,18 @@ class Bench:
     def holdout_images(self) -> Tensor:
         """Calibration images that only choose between the last candidates."""
         return self.calibration[-self.profile.search.holdout_images :]
+
+    def islands(self, model: Vit, precision: str) -> Sequence[Island]:
+        """Operations of ``model`` that fp16 cannot hold, by calibration images; none in another precision."""
+        if precision != "fp16":
+            return ()
+        from ..export.islands import find_islands
+
+        if model is not self.dense:
+            return find_islands(model, self.calibration[:RANGE_IMAGES])
+        if self._dense_islands is None:
+            self._dense_islands = find_islands(model, self.calibration[:RANGE_IMAGES])
+        return self._dense_islands
 
     def token_methods(self) -> list[TokenMethod]:
         """The token methods that are searched: those of the stage ``methods``; before it, all candidates.

@@ -221,6 +221,7 @@ def measure_counts(bench: Bench, plans: list[Counts], method: TokenMethod | None
             **served_sizes(profile, bench.dense.config.image_size),
             precision=profile.runtime.precision,
             opset=served_opset(profile, profile.runtime.precision),
+            islands=bench.islands(bench.dense, profile.runtime.precision),
         )
     limit = profile.measure.max_seconds
     found = measure_models(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +28,7 @@ from ..runtime import Model
 from . import runtimes
 from .account import collect
 from .bench import Bench, write_json
-from .make import onnx_name
+from .make import PLAIN, onnx_name
 
 PACKAGES = ("numpy", "pillow", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt",
             "tensorrt-rtx")  # fmt: skip
@@ -70,6 +70,7 @@ def validate(bench: Bench, folder: Path) -> None:
             seed=profile.seed,
             progress=show,
         )
+        price = compatibility_price(bench, sessions["pruned"], inputs)
     names = tuple(bench.class_names) if bench.class_names else None
     accuracy = checks.compare_accuracy(
         outputs.logits["dense"],
@@ -106,11 +107,29 @@ def validate(bench: Bench, folder: Path) -> None:
         "dense_runs_ms": [round(ms, 4) for ms in dense.runs_ms],
         "pruned_runs_ms": [round(ms, 4) for ms in pruned.runs_ms],
         "parity": _engine_parity(bench, outputs.logits["pruned"]),
+        "compatibility": price,
         "memory_mb": memory_mb,
         "size_bytes": {name: checks.size_bytes(path) for name, path in engine_files(bench).items()},
         "machine": machine_state(),
     }
     write_json(folder / "figures.json", figures)
+
+
+def compatibility_price(bench: Bench, pruned: Sequence[Model], inputs: np.ndarray) -> dict[str, Any] | None:
+    """Median latency of the product, and without what makes it serve other GPUs or versions; None: nothing does."""
+    if not runtimes.asks_compatibility(bench.profile):
+        return None
+    wanted = bench.profile.validation
+    (file,) = (e["file"] for e in bench.json("engines", "engines.json") if e["model"] == PLAIN)
+    with ExitStack() as stack:
+        path = bench.folders["engines"] / file
+        plain = [stack.enter_context(open_engine(bench, path)) for _ in range(checks.SESSIONS)]
+        found = checks.compare_latency(
+            plain, pruned, inputs, runs=wanted.runs, max_seconds=wanted.max_seconds, seed=bench.profile.seed,
+            progress=bench.shows.progress,
+        )  # fmt: skip
+    without, with_it = (float(np.median(one.runs_ms)) for one in found)
+    return {"without_ms": without, "with_ms": with_it, "times": with_it / without, "runs": found[0].samples}
 
 
 def _slowdown(bench: Bench, dense: Distribution) -> float:
@@ -124,7 +143,8 @@ def engine_files(bench: Bench) -> dict[str, Path]:
     runtime, exported = bench.profile.runtime, bench.folders["export"]
     if runtimes.is_tensorrt(runtime.name):
         names = {"dense": "dense", "model": "pruned", "reference": "reference"}
-        return {names[e["model"]]: bench.folders["engines"] / e["file"] for e in product_engines(bench)}
+        built = (e for e in product_engines(bench) if e["model"] in names)
+        return {names[e["model"]]: bench.folders["engines"] / e["file"] for e in built}
     files = {"dense": exported / "dense.onnx", "pruned": exported / "model.onnx"}
     return files | ({"reference": exported / "reference.onnx"} if runtime.precision != "fp32" else {})
 
@@ -214,6 +234,7 @@ def make_manifest(bench: Bench) -> Manifest:
             **({"ties": parity["ties"]} if "ties" in parity else {}),
         },
         "engines": _engines(bench),
+        "compatibility": found.get("compatibility"),
         "files": {},
         "name": profile.name,
         "preprocess": bench.preprocess.to_dict(),

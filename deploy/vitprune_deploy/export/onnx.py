@@ -27,6 +27,7 @@ from vitprune import __version__
 from vitprune.errors import InputError, NotSupported
 
 from ..artifact import TEMPORARY, flush, sha256_file, writing
+from .islands import Island
 from .precision import in_precision, opset_for
 
 METADATA_PREFIX = "vitprune."
@@ -69,6 +70,7 @@ class ExportInfo:
         sha256: of the .onnx file.
         size_bytes: of the .onnx file and its external data together.
         external_data: name of the file beside it that holds the weights; None: they are inside.
+        weights: how many numbers there are among the weights of each format, floats alone: float32, float16, bfloat16.
     """
 
     opset: int
@@ -77,6 +79,7 @@ class ExportInfo:
     sha256: str
     size_bytes: int
     external_data: str | None
+    weights: dict[str, int]
 
 
 def export_onnx(
@@ -89,6 +92,7 @@ def export_onnx(
     opset: int | None = None,
     metadata: Mapping[str, str] | None = None,
     names: tuple[str, str] = ("images", "logits"),
+    islands: Sequence[Island] = (),
 ) -> ExportInfo:
     """Write a ``Vit`` as ONNX: ``images`` [batch, channels, height, width] fp32 to ``logits`` [batch, classes] fp32.
 
@@ -100,6 +104,7 @@ def export_onnx(
         opset: None: see ``opset_for``.
         metadata: strings for the file's metadata_props, their keys without the prefix ``vitprune.``.
         names: of the input and the output.
+        islands: operations that stay in fp32 whatever the precision; see ``islands.find_islands``.
 
     Raises:
         InputError: a range is empty or is not made of whole patches, or the precision is unknown.
@@ -116,7 +121,7 @@ def export_onnx(
             axes[axis] = found
     weights = next(model.parameters())
     return export_module(
-        in_precision(model, precision),
+        in_precision(model, precision, islands),
         (torch.zeros(sizes, dtype=torch.float32, device=weights.device),),
         path,
         dynamic=[axes],
@@ -154,12 +159,13 @@ def export_module(
     requested = {name: dict(axes) for name, axes in zip(names[0], dynamic, strict=True) if axes}
     _name_axes(graph, requested)
     _anonymise(program)
-    props = {"version": __version__, "torch": torch.__version__, **(metadata or {})}
+    weights = _weights(graph)
+    props = {"version": __version__, "torch": torch.__version__, **metadata_json(weights=weights), **(metadata or {})}
     program.metadata_props.update({METADATA_PREFIX + key: str(value) for key, value in sorted(props.items())})
     nodes = Counter(f"{node.domain}:{node.op_type}" if node.domain else node.op_type for node in graph.all_nodes())
     sha256, size_bytes, external = _save(program, path)
     axes = {name: {axis: a.name for axis, a in found.items()} for name, found in requested.items()}
-    return ExportInfo(opset, dict(nodes.most_common()), axes, sha256, size_bytes, external)
+    return ExportInfo(opset, dict(nodes.most_common()), axes, sha256, size_bytes, external, weights)
 
 
 def metadata_json(**values: Any) -> dict[str, str]:
@@ -311,6 +317,15 @@ def _anonymise(program: Any) -> None:
         value.metadata_props.clear()
     for value in list(graph.initializers.values()):
         value.name = value.name.removeprefix("module.").removeprefix("model.")  # our wrappers' names for what they hold
+
+
+def _weights(graph: Any) -> dict[str, int]:
+    """How many numbers there are among the graph's weights, by format, floats alone."""
+    found: Counter[str] = Counter()
+    for value in graph.initializers.values():
+        if value.dtype.is_floating_point():
+            found[value.dtype.numpy().name] += value.const_value.size
+    return dict(found)
 
 
 def _save(program: Any, path: Path) -> tuple[str, int, str | None]:

@@ -19,7 +19,7 @@ from vitprune.search.latency import Circumstances, LatencyTable, Levels, Timed
 from vitprune.search.latency import Pieces as Times
 
 from ..artifact import canonical_sha256
-from ..export.precision import opset_for
+from ..export.precision import DTYPES, opset_for
 from .fingerprint import compare, device_fingerprint, identity
 from .pieces import TOKENS, PieceFiles, only_block, spread
 from .protocol import Measurement, Progress
@@ -158,7 +158,7 @@ def make_levels(config: VitConfig, request: Request) -> Levels:
         if min(asked) < 1 or max(asked) > most:
             raise InputError(f"levels of {name} must lie in 0 to {most}, got {sorted(asked)}")
         grid[name] = tuple(sorted(asked, reverse=True))
-    width = 2 if request.precision == "fp16" else 4
+    width = DTYPES[request.precision].itemsize
     return Levels(
         prefix=config.prefix,
         head_bytes=width * config.dim * 2 * (block.qk_dim + block.v_dim),

@@ -160,6 +160,18 @@ class Runtime(Section):
         default=(),
         description="GPUs that a TensorRT-RTX engine is built for; empty: the device's, or all that RTX serves",
     )
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = Field(
+        default="none",
+        description="other GPUs that a TensorRT engine serves, at a price in speed: Ampere and later, or those of the "
+        "device's compute capability; none: the very GPU",
+    )
+    version_compatible: bool = Field(
+        default=False, description="whether later versions of TensorRT load the engine too, at a price in speed"
+    )
+    refit: bool = Field(
+        default=False,
+        description="whether a TensorRT engine takes new weights of the same plan later ('vitprune-deploy refit')",
+    )
     cuda: Literal["auto", "pycuda", "cuda-bindings"] = Field(
         default="auto", description="what holds TensorRT's buffers"
     )
@@ -190,12 +202,20 @@ def _batch(value: object) -> object:
     return {"min": value, "opt": value, "max": value} if isinstance(value, int) else value
 
 
+BatchRange = Annotated[
+    Batch, BeforeValidator(_batch, json_schema_input_type=int | dict[Literal["min", "opt", "max"], int])
+]
+
+
 class Input(Section):
     """Shapes that the engine must take."""
 
-    batch: Annotated[
-        Batch, BeforeValidator(_batch, json_schema_input_type=int | dict[Literal["min", "opt", "max"], int])
-    ] = Field(default=Batch(), description="batch sizes: one number, or min, opt and max")
+    batch: BatchRange = Field(default=Batch(), description="batch sizes: one number, or min, opt and max")
+    batch_ranges: tuple[BatchRange, ...] = Field(
+        default=(),
+        description="ranges that TensorRT tunes one by one, as optimisation profiles, such as [1, {min: 2, opt: 8, "
+        "max: 32}]; together they are input.batch; empty: one range",
+    )
     image_size: ImageSize | None = Field(
         default=None, description="pixels: one number, or [height, width]; null: the model's"
     )

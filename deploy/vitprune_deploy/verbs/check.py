@@ -100,7 +100,10 @@ def _check_runtime(profile: Profile, engines: Mapping[str, Mapping[str, Any]]) -
 
 
 def _check_engines(profile: Profile, engines: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises InputError if TensorRT-RTX would have to build for a GPU that the installed one does not serve."""
+    """Raises InputError if TensorRT-RTX would have to build for a GPU that the installed one does not serve.
+
+    And MissingError if its engine is to be refitted, and there is no driver to build such a one with.
+    """
     names = {profile.runtime.name, *(engine.name for engine in profile.runtime.also_build)}
     wanted = profile.runtime.compute_capabilities or (profile.device.compute_capability,)
     served = engines.get("tensorrt_rtx", {}).get("compute_capabilities", [])
@@ -109,6 +112,11 @@ def _check_engines(profile: Profile, engines: Mapping[str, Mapping[str, Any]]) -
         raise InputError(
             f"runtime: the installed TensorRT-RTX builds for compute capabilities {', '.join(served)}, "
             f"not for {', '.join(strange)}; use tensorrt, or set runtime.compute_capabilities"
+        )
+    if "tensorrt-rtx" in names and served and profile.runtime.refit and not engines["tensorrt_rtx"]["gpu"]:
+        raise MissingError(
+            f"runtime.refit: TensorRT-RTX builds engines that can be refitted only where there is an NVIDIA driver: "
+            f"{engines['tensorrt_rtx']['why']}"
         )
 
 
