@@ -40,6 +40,8 @@ PRUNING = (
 EXTRAS = {  # which extra brings a package
     **dict.fromkeys(PRUNING, "prune,cpu"),
     "onnxruntime": "cpu",
+    "openvino": "openvino",
+    "nncf": "openvino",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx",
     "cuda": "tensorrt",

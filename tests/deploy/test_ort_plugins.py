@@ -41,7 +41,7 @@ def exported(tmp_path_factory):
 
 
 def openvino(precision, **more):
-    given = plugins.precision_options(plugins.OPENVINO, precision) | more
+    given = plugins.precision_options(precision) | more
     return {"provider": "openvino", "provider_options": given}
 
 

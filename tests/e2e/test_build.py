@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from vitprune_deploy.build.training import train_on
 from vitprune_deploy.console import Console
 from vitprune_deploy.profile import load_profile
 from vitprune_deploy.runtime import load
+from vitprune_deploy.verbs.validate import validate as validate_folder
 
 pytestmark = pytest.mark.e2e
 
@@ -161,6 +163,22 @@ def test_where_nothing_is_gained_the_dense_model_is_the_answer(built, profile_pa
     manifest = build(profile, tmp_path / "out", Console(quiet=True))
     assert manifest.pruned.macs == manifest.dense.macs
     assert manifest.model_extra["search"]["status"] == "dense"
+
+
+@pytest.mark.skipif(not find_spec("openvino"), reason="openvino is not installed")
+def test_openvino_is_searched_measured_and_judged_in_its_own_precision(profile_path, tmp_path):
+    from vitprune_deploy.verbs.doctor import try_openvino
+
+    precision = "fp32" if try_openvino("bf16") else "bf16"
+    there = [f"runtime={{name: openvino, precision: {precision}}}", "budget.speedup=1.3"]
+    manifest = build(load_profile(profile_path, there), tmp_path / "out", Console(quiet=True))
+    assert manifest.device["runtime"] == "openvino"
+    assert [(one.runtime, one.precision, one.status) for one in manifest.engines] == [("openvino", precision, "run")]
+    assert (manifest.parity.max_abs > 1e-4) == (precision == "bf16")
+    assert verify(tmp_path / "out") == manifest
+    with load(tmp_path / "out") as model:
+        assert model.backend.runtime.startswith("openvino")
+    validate_folder(Console(quiet=True), tmp_path / "out", [])
 
 
 def test_another_devices_table_is_refused(built, profile_path, tmp_path):

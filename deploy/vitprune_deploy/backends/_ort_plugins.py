@@ -85,10 +85,8 @@ def _register(provider: str) -> None:
         raise MissingError(f"{provider} did not load: {' '.join(str(error).split())}") from error
 
 
-def precision_options(provider: str, precision: str, device: str = "CPU") -> dict[str, str]:
-    """Options with which ``provider`` computes in ``precision``, whatever it would choose; none without a choice."""
-    if provider != OPENVINO:
-        return {}
+def precision_options(precision: str, device: str = "CPU") -> dict[str, str]:
+    """Options with which OpenVINO computes in ``precision``, whatever it would choose."""
     return {"load_config": json.dumps({device: {"INFERENCE_PRECISION_HINT": HINTS[precision]}})}
 
 

@@ -30,8 +30,8 @@ from .account import collect
 from .bench import Bench, write_json
 from .make import PLAIN, onnx_name
 
-PACKAGES = ("numpy", "pillow", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt",
-            "tensorrt-rtx")  # fmt: skip
+PACKAGES = ("numpy", "pillow", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
+            "openvino", "nncf", "tensorrt", "tensorrt-rtx")  # fmt: skip
 PARITY_BATCH = 64
 
 
@@ -54,7 +54,10 @@ def validate(bench: Bench, folder: Path) -> None:
     copies = {"reference": 1}  # it is not timed
     with ExitStack() as stack:
         sessions = {
-            name: [stack.enter_context(open_engine(bench, path)) for _ in range(copies.get(name, checks.SESSIONS))]
+            name: [
+                stack.enter_context(open_engine(bench, path, "fp32" if name == "reference" else None))
+                for _ in range(copies.get(name, checks.SESSIONS))
+            ]
             for name, path in engine_files(bench).items()
         }
         models = {name: opened[0] for name, opened in sessions.items()}
@@ -146,7 +149,9 @@ def engine_files(bench: Bench) -> dict[str, Path]:
         built = (e for e in product_engines(bench) if e["model"] in names)
         return {names[e["model"]]: bench.folders["engines"] / e["file"] for e in built}
     files = {"dense": exported / "dense.onnx", "pruned": exported / "model.onnx"}
-    return files | ({"reference": exported / "reference.onnx"} if runtime.precision != "fp32" else {})
+    if runtime.precision == "fp32":
+        return files
+    return files | {"reference": exported / ("dense.onnx" if bench.profile.tells_precision else "reference.onnx")}
 
 
 def product_engines(bench: Bench) -> list[dict[str, Any]]:
@@ -156,11 +161,11 @@ def product_engines(bench: Bench) -> list[dict[str, Any]]:
     return [e for e in built if e["precision"] == precision or e["model"] == "reference"]
 
 
-def open_engine(bench: Bench, path: Path) -> Model:
-    """An engine as a service would have it."""
+def open_engine(bench: Bench, path: Path, precision: str | None = None) -> Model:
+    """An engine as a service would have it; in another precision than the product's where one is named."""
     profile = bench.profile
     kind = parts.load("vitprune_deploy.backends", _backend_name(bench), Backend)  # type: ignore[type-abstract]
-    backend = kind.load(path, threads=profile.budget.threads, options=runtimes.load_options(profile))
+    backend = kind.load(path, threads=profile.budget.threads, options=runtimes.load_options(profile, precision))
     least = profile.input.batch.min if runtimes.is_tensorrt(profile.runtime.name) else 1
     return Model(backend, bench.preprocess, bench.class_names, profile.input.batch.max, least)
 
@@ -174,7 +179,7 @@ def _engine_parity(bench: Bench, logits: np.ndarray) -> dict[str, Any] | None:
     import torch
 
     runtime = bench.profile.runtime
-    if not runtimes.is_tensorrt(runtime.name) and runtime.provider.lower() in ("cpu", "cpuexecutionprovider"):
+    if runtime.name == "onnxruntime" and runtime.provider.lower() in ("cpu", "cpuexecutionprovider"):
         return None
     # in the order in which the engine had them, unreadable ones left out
     rounds = math.ceil(min(bench.profile.validation.parity_images, len(logits)) / PARITY_BATCH)
@@ -213,7 +218,7 @@ def make_manifest(bench: Bench) -> Manifest:
     profile, found = bench.profile, bench.json("validate", "figures.json")
     exported, searched = bench.json("export", "export.json"), bench.json("search", "search.json")
     # figures.json has a parity where the engine is not the very thing that the export was compared in
-    parity = found["parity"] or exported["parity"][profile.runtime.precision]
+    parity = found["parity"] or exported["parity"][profile.graph_precision]
     plain = {
         "verdict": found["verdict"]["verdict"],
         "reasons": reasons(found, searched),
@@ -286,7 +291,7 @@ def _engines(bench: Bench) -> list[dict[str, Any]]:
     loads = {"options": runtimes.load_options(profile), "max_batch": profile.input.batch.max}
     entries = []
     if not runtimes.is_tensorrt(profile.runtime.name):
-        entries.append({**product, "status": "run", "file": onnx_name(profile, profile.runtime.precision), **loads})
+        entries.append({**product, "status": "run", "file": onnx_name(profile, profile.graph_precision), **loads})
     for engine in bench.json("engines", "engines.json"):
         if engine["model"] == "model":
             built = {name: engine[name] for name in ("runtime", "precision")}

@@ -69,7 +69,7 @@ def export_settings(bench: Bench) -> dict[str, Any]:
     return {
         "export": profile.export.model_dump(mode="json"),
         "runtime": profile.runtime.name,
-        "precisions": sorted({profile.runtime.precision, *(e.precision for e in profile.runtime.also_build)}),
+        "precisions": sorted({profile.graph_precision, *(e.precision for e in profile.runtime.also_build)}),
         "input": profile.input.model_dump(mode="json"),
         "parity_images": profile.validation.parity_images,
     }
@@ -81,8 +81,8 @@ def export(bench: Bench, folder: Path) -> None:
 
     profile = bench.profile
     model = bench.pruned
-    wanted = {"dense.onnx": (bench.dense, profile.runtime.precision)}
-    if profile.runtime.precision != "fp32":
+    wanted = {"dense.onnx": (bench.dense, profile.graph_precision)}
+    if profile.graph_precision != "fp32":
         wanted["reference.onnx"] = (bench.dense, "fp32")  # accuracy is judged against it
     precisions = export_settings(bench)["precisions"]
     wanted |= {onnx_name(profile, precision): (model, precision) for precision in precisions}
@@ -109,7 +109,7 @@ def export(bench: Bench, folder: Path) -> None:
 
 def onnx_name(profile: Profile, precision: str) -> str:
     """The name of the pruned model's ONNX file: the product's own precision needs no mention."""
-    return "model.onnx" if precision == profile.runtime.precision else f"model.{precision}.onnx"
+    return "model.onnx" if precision == profile.graph_precision else f"model.{precision}.onnx"
 
 
 def parity_images(bench: Bench) -> Tensor:

@@ -43,6 +43,10 @@ def loader(profile: Profile) -> Loader:
         MissingError: when called, if the runtime or its device is not here.
     """
     runtime, threads = profile.runtime, profile.budget.threads
+    if runtime.name == "openvino":
+        from ..latency.wholes import openvino_loader
+
+        return openvino_loader(threads, load_options(profile))
     if not is_tensorrt(runtime.name):
         from ..latency.wholes import onnxruntime_loader
 
@@ -60,13 +64,21 @@ def loader(profile: Profile) -> Loader:
     return load
 
 
-def load_options(profile: Profile) -> dict[str, Any]:
-    """Options of ``Backend.load`` for the profile's runtime."""
-    if is_tensorrt(profile.runtime.name):
-        return {"cuda": CUDA_PACKAGES[profile.runtime.cuda]}
-    options = dict(profile.runtime.options)
+def load_options(profile: Profile, precision: str | None = None) -> dict[str, Any]:
+    """Options of ``Backend.load`` for the profile's runtime, in the profile's precision by default."""
+    from ..backends import _ort_plugins
+
+    runtime = profile.runtime
+    precision = precision or runtime.precision
+    if is_tensorrt(runtime.name):
+        return {"cuda": CUDA_PACKAGES[runtime.cuda]}
+    options: dict[str, Any] = dict(runtime.options)
+    if runtime.name == "openvino":
+        return {"precision": precision, **options}
     ours = {name: options.pop(name) for name in ("cpu_nodes",) if name in options}
-    return {"provider": profile.runtime.provider, "provider_options": options, **ours}
+    if profile.tells_precision:
+        options = _ort_plugins.precision_options(precision, str(options.get("device_type", "CPU"))) | options
+    return {"provider": runtime.provider, "provider_options": options, **ours}
 
 
 def device(profile: Profile) -> dict[str, Any]:
@@ -157,7 +169,7 @@ def _version(name: str) -> str:
     if not is_tensorrt(name):
         from ..backends.onnxruntime import DISTRIBUTIONS
 
-        candidates: tuple[str, ...] = DISTRIBUTIONS
+        candidates: tuple[str, ...] = ("openvino",) if name == "openvino" else DISTRIBUTIONS
     else:
         candidates = (name, f"{name}-cu13", f"{name}-cu12", name.replace("-", "_"))
     for candidate in candidates:

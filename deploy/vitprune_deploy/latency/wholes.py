@@ -44,6 +44,17 @@ def onnxruntime_loader(threads: int | None, options: Mapping[str, Any] | None = 
     return load
 
 
+def openvino_loader(threads: int | None, options: Mapping[str, Any] | None = None) -> Loader:
+    """Loads files into OpenVINO, with sizes fixed as ``onnxruntime_loader`` does; ``options`` as its backend knows."""
+    from ..backends.openvino import OpenVino
+
+    def load(path: Path, sizes: Mapping[str, int]) -> Backend:
+        fixed = {name: size for name, size in sizes.items() if name in PART_AXES}
+        return OpenVino.load(path, threads=threads, options={**(options or {}), "sizes": fixed})
+
+    return load
+
+
 def is_part(sizes: Mapping[str, int]) -> bool:
     """Whether these are the sizes of a part of a model: its tokens are on the GPU before it runs, and stay there."""
     return any(name in sizes for name in PART_AXES)

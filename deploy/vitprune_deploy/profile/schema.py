@@ -413,6 +413,16 @@ class Profile(Section):
         return self.budget.batch or self.input.batch.opt
 
     @property
+    def tells_precision(self) -> bool:
+        """Whether the runtime is told what to compute in beside a graph in fp32, as OpenVINO is."""
+        return "openvino" in (self.runtime.name, self.runtime.provider.lower().removesuffix("executionprovider"))
+
+    @property
+    def graph_precision(self) -> str:
+        """The number format of the exported graph."""
+        return "fp32" if self.tells_precision else self.runtime.precision
+
+    @property
     def image_size(self) -> tuple[int, int] | None:
         """Height and width that the budget is about, in pixels; None: the model's own."""
         return self.budget.image_size or self.input.image_size

@@ -19,7 +19,7 @@ from ..data import open_split
 from ..profile import Profile
 from .answer import Answer, table
 from .building import open_profile
-from .doctor import EXTRAS, is_installed, try_provider
+from .doctor import EXTRAS, is_installed, try_openvino, try_provider
 from .estimate import duration, estimate
 
 if TYPE_CHECKING:
@@ -93,10 +93,13 @@ def _check_runtime(profile: Profile, engines: Mapping[str, Mapping[str, Any]]) -
         found = engines[name.replace("-", "_")]
         if not (found["builds"] and found["runs"]):
             raise MissingError(f"{name} does not run here, and latency is measured with it: {found['why']}")
+        return
+    if name == "openvino":
+        why = try_openvino(profile.runtime.precision)
     else:
         why = try_provider(ort_backend.find_provider(profile.runtime.provider))
-        if why:
-            raise MissingError(why)
+    if why:
+        raise MissingError(why)
 
 
 def _check_engines(profile: Profile, engines: Mapping[str, Mapping[str, Any]]) -> None:

@@ -103,7 +103,7 @@ def _run_engine(manifest: Manifest) -> tuple[EngineEntry, Mapping[str, Any]]:
 
 def _dense_file(folder: Path, pruned: Model) -> Path | None:
     """The dense engine that the build made, if it is there and whole."""
-    pattern = DENSE_FILES[0] if pruned.backend.runtime.startswith("onnxruntime") else DENSE_FILES[1]
+    pattern = DENSE_FILES[1] if pruned.backend.runtime.startswith("tensorrt") else DENSE_FILES[0]
     for file in folder.glob(pattern):
         try:
             sums = json.loads((file.parent / "stage.json").read_bytes())["files"]
