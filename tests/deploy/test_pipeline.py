@@ -247,17 +247,19 @@ def test_islands_are_found_on_calibration_images_for_fp16_alone_and_once_for_the
     assert bench.islands(tiny.tiny_vit(depth=1), "fp16") == []
 
 
-def test_the_report_says_which_operations_are_islands_and_what_compatibility_costs():
+def test_the_report_says_which_operations_are_islands_and_what_int8_and_compatibility_cost():
     written = {
         "export.json": {"islands": {"model.onnx": [["stream", "blocks.5", 1e5, True]]}},
         "figures.json": {"compatibility": {"with_ms": 1.73, "without_ms": 1.25, "times": 1.384, "runs": 1000}},
         "recovery.json": [],
+        "int8.json": {"kept": False, "why": "it is not faster"},
     }
     kept = written["export.json"]["islands"]["model.onnx"]
     kept[:] = [dict(zip(("kind", "where", "reaches", "wide"), one, strict=True)) for one in kept]
     notes = account._notes(SimpleNamespace(json=lambda stage, name: written[name]), {})
     assert "the residual stream from blocks.5 on (up to 100000)" in notes[0]
-    assert notes[1] == (
+    assert notes[1] == "The model in int8 was left out: it is not faster."
+    assert notes[2] == (
         "To serve other GPUs or versions of TensorRT, the engine takes 1.73 ms, which is 1.38 times the 1.25 ms "
         "without (medians of 1000 runs)."
     )

@@ -181,6 +181,19 @@ def test_openvino_is_searched_measured_and_judged_in_its_own_precision(profile_p
     validate_folder(Console(quiet=True), tmp_path / "out", [])
 
 
+def test_int8_is_tried_and_the_reason_is_told_either_way(built, profile_path, tmp_path):
+    out, asked = tmp_path / "out", ["runtime.try_int8=true", "recover.enabled=false"]
+    manifest = build(quick(profile_path, built[0] / "latency_table.json", *asked), out, Console(quiet=True))
+    found = manifest.model_extra["int8"]
+    assert found["why"] in (out / "report.html").read_text()
+    assert manifest.engines[0].precision == ("int8" if found["kept"] else "fp32")
+    assert (out / "engine" / "model.int8.onnx").exists() == found["kept"]
+    assert found["after_ms"]["value_ms"] > 0
+    assert verify(out) == manifest
+    with load(out) as model:
+        assert np.isfinite(model.predict(np.zeros((3, 32, 32, 3), np.uint8)).logits).all()
+
+
 def test_another_devices_table_is_refused(built, profile_path, tmp_path):
     plain = json.loads((built[0] / "latency_table.json").read_text())
     plain["circumstances"]["device"]["cpu"] = "another processor"

@@ -130,6 +130,9 @@ def _notes(bench: Bench, searched: Mapping[str, Any]) -> list[str]:
 
     kept = bench.json("export", "export.json").get("islands", {}).get("model.onnx", [])
     notes = [sentence([Island(**one) for one in kept])] if kept else []
+    int8 = bench.json("int8", "int8.json")
+    if "why" in int8:
+        notes.append(f"The model in int8 was {'kept' if int8['kept'] else 'left out'}: {int8['why']}.")
     price = bench.json("validate", "figures.json").get("compatibility")
     if price:
         notes.append(

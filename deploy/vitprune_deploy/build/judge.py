@@ -142,16 +142,25 @@ def _slowdown(bench: Bench, dense: Distribution) -> float:
 
 
 def engine_files(bench: Bench) -> dict[str, Path]:
-    """The engines that are run: dense and pruned, and the dense model in fp32 where these are in another precision."""
+    """The engines that are run: dense and pruned, and the dense model in fp32 where these are in another precision.
+
+    From the stage ``int8`` on, the pruned one is that in int8 if it was kept.
+    """
     runtime, exported = bench.profile.runtime, bench.folders["export"]
     if runtimes.is_tensorrt(runtime.name):
         names = {"dense": "dense", "model": "pruned", "reference": "reference"}
         built = (e for e in product_engines(bench) if e["model"] in names)
         return {names[e["model"]]: bench.folders["engines"] / e["file"] for e in built}
-    files = {"dense": exported / "dense.onnx", "pruned": exported / "model.onnx"}
+    files = {"dense": exported / "dense.onnx", "pruned": int8_file(bench) or exported / "model.onnx"}
     if runtime.precision == "fp32":
         return files
     return files | {"reference": exported / ("dense.onnx" if bench.profile.tells_precision else "reference.onnx")}
+
+
+def int8_file(bench: Bench) -> Path | None:
+    """The pruned model in int8, if it is shipped."""
+    kept = "int8" in bench.folders and bench.json("int8", "int8.json")["kept"]
+    return bench.folders["int8"] / "model.int8.onnx" if kept else None
 
 
 def product_engines(bench: Bench) -> list[dict[str, Any]]:
@@ -179,7 +188,8 @@ def _engine_parity(bench: Bench, logits: np.ndarray) -> dict[str, Any] | None:
     import torch
 
     runtime = bench.profile.runtime
-    if runtime.name == "onnxruntime" and runtime.provider.lower() in ("cpu", "cpuexecutionprovider"):
+    plain = runtime.name == "onnxruntime" and runtime.provider.lower() in ("cpu", "cpuexecutionprovider")
+    if plain and not int8_file(bench):
         return None
     # in the order in which the engine had them, unreadable ones left out
     rounds = math.ceil(min(bench.profile.validation.parity_images, len(logits)) / PARITY_BATCH)
@@ -245,6 +255,7 @@ def make_manifest(bench: Bench) -> Manifest:
         "preprocess": bench.preprocess.to_dict(),
         "classes": bench.class_names,
         "search": {name: searched[name] for name in ("status", "reason", "method")},
+        "int8": bench.json("int8", "int8.json"),
     }
     return Manifest.model_validate(plain)
 
@@ -290,6 +301,8 @@ def _engines(bench: Bench) -> list[dict[str, Any]]:
     product = {"runtime": profile.runtime.name, "precision": profile.runtime.precision}
     loads = {"options": runtimes.load_options(profile), "max_batch": profile.input.batch.max}
     entries = []
+    if int8 := int8_file(bench):
+        entries.append({**product, "precision": "int8", "status": "run", "file": f"engine/{int8.name}", **loads})
     if not runtimes.is_tensorrt(profile.runtime.name):
         entries.append({**product, "status": "run", "file": onnx_name(profile, profile.graph_precision), **loads})
     for engine in bench.json("engines", "engines.json"):

@@ -231,6 +231,14 @@ def _tensorrt_has_what_is_asked(p: Any) -> Iterator[Problem]:
 
 
 @_rule
+def _int8_is_tried_on_processors(p: Any) -> Iterator[Problem]:
+    if p.runtime.try_int8 and p.runtime.name not in ("onnxruntime", "openvino"):
+        yield "runtime.try_int8", f"belongs to onnxruntime and openvino, and runtime.name is {p.runtime.name}"
+    if p.runtime.try_int8 and p.runtime.provider not in ("cpu", "CPUExecutionProvider", "openvino"):
+        yield "runtime.try_int8", f"belongs to processors, and runtime.provider is {p.runtime.provider}"
+
+
+@_rule
 def _cuda_library_is_used(p: Any) -> Iterator[Problem]:
     if p.runtime.cuda != "auto" and p.runtime.name == "onnxruntime":
         yield "runtime.cuda", "belongs to TensorRT; onnxruntime holds its buffers itself"

@@ -176,6 +176,11 @@ class Runtime(Section):
         default="auto", description="what holds TensorRT's buffers"
     )
     build_timeout_s: Seconds = Field(default=1800.0, description="seconds after which an engine build is stopped")
+    try_int8: bool = Field(
+        default=False,
+        description="try the pruned model in int8 too: it is shipped where it is measured to be faster and holds the "
+        "accuracy floors, and left out with the reason otherwise; onnxruntime and openvino on processors",
+    )
     also_build: tuple[Engine, ...] = Field(
         default=(),
         description="engines built as well where their package is installed; not run, and the manifest says so",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .accuracy import Accuracy, Paired, Parity, Share, compare_accuracy, compare_with_torch, run_models
 from .cost import SESSIONS, budget_ms, compare_latency, latency_dict, memory_mb, one_batch, size_bytes
-from .judge import Figures, Limits, Verdict, judge
+from .judge import Figures, Limits, Verdict, judge, missed_floors
 
 __all__ = [
     "SESSIONS",
@@ -22,6 +22,7 @@ __all__ = [
     "judge",
     "latency_dict",
     "memory_mb",
+    "missed_floors",
     "one_batch",
     "run_models",
     "size_bytes",

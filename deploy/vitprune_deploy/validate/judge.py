@@ -78,7 +78,7 @@ class Verdict:
 
 def judge(limits: Limits, figures: Figures) -> Verdict:
     """The verdict, with a sentence for each limit that was missed or could not be decided."""
-    missed = [*_missed_latency(limits, figures), *_missed_accuracy(limits, figures)]
+    missed = [*_missed_latency(limits, figures), *missed_floors(limits, figures)]
     undecided = _undecided(limits, figures)
     if limits.memory_mb is not None and figures.memory_mb is not None and figures.memory_mb > limits.memory_mb:
         missed.append(f"memory {figures.memory_mb:.0f} MB is over budget.memory_mb {limits.memory_mb:g}")
@@ -104,7 +104,7 @@ def _missed_latency(limits: Limits, figures: Figures) -> list[str]:
     ]
 
 
-def _missed_accuracy(limits: Limits, figures: Figures) -> list[str]:
+def missed_floors(limits: Limits, figures: Figures) -> list[str]:
     """Each floor that the figures lie under; a figure that is not known is no miss, see ``_undecided``."""
     missed = []
     if limits.max_drop is not None and figures.top1 is not None and figures.reference_top1 is not None:
