@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 import tiny
 import torch
@@ -21,8 +23,9 @@ from vitprune.tokens.base import Reducer
 from vitprune_deploy.artifact import sha256_file
 from vitprune_deploy.backends import tensorrt
 from vitprune_deploy.backends._cuda import open_cuda
-from vitprune_deploy.build import judge, make, runtimes, screen, training
+from vitprune_deploy.build import judge, make, runtimes, screen, soundness, training
 from vitprune_deploy.build.bench import Bench
+from vitprune_deploy.export.onnx import export_onnx
 from vitprune_deploy.profile import load_profile
 
 PROFILE = """\
@@ -146,6 +149,36 @@ def test_an_engine_other_than_the_one_of_the_export_is_compared_with_torch(profi
     assert found["max_abs"] == pytest.approx(0.5, abs=1e-4)
     bench.profile = profile()
     assert judge._engine_parity(bench, logits) is None
+
+
+def models_of(*layers):
+    """Loaded engines whose inspector says ``layers``, the dense one's first."""
+    backends = [SimpleNamespace(layers=lambda one=one: {"Layers": one}) for one in layers]
+    return {name: SimpleNamespace(backend=one) for name, one in zip(("dense", "pruned"), backends, strict=True)}
+
+
+def test_a_fusion_that_pruning_broke_is_told_whatever_the_runtime(profile, tmp_path):
+    bench = a_bench(profile("runtime.name=tensorrt"), tmp_path)
+    files = [bench.folders["export"] / name for name in ("dense.onnx", "model.onnx")]
+    export_onnx(bench.dense, files[0], opset=23)
+    shutil.copy(*files)
+    attends = [node.name for node in onnx.load(files[0]).graph.node if node.op_type == "Attention"]
+    whole = [{"Name": f"_gemm_mha_v2_{i}", "LayerType": "kgen", "Metadata": f"[ONNX Layer: {name}]"}
+             for i, name in enumerate(attends)]  # fmt: skip
+    parts = [whole[0], *(whole[1] | {"Name": part, "LayerType": "gemm"} for part in ("qk", "pv"))]
+    found = soundness.fusions(bench, models_of(whole, whole), {"dense": Path(), "pruned": Path()})
+    assert (found["runtime"], found["warnings"], found["unread"]) == ("tensorrt", [], None)
+    assert [one["fused"] for one in found["pruned"]] == [True, True]
+    (warning,) = soundness.fusions(bench, models_of(whole, parts), {"dense": Path(), "pruned": Path()})["warnings"]
+    assert "the attention of block 1 is one kernel in the dense model" in warning
+
+
+def test_a_graph_that_cannot_be_read_costs_the_report_and_no_build(profile, tmp_path):
+    bench = a_bench(profile(), tmp_path)
+    files = dict.fromkeys(("dense", "pruned"), tmp_path / "none.onnx")
+    found = soundness.fusions(bench, models_of([], []), files)
+    assert found["dense"] == found["pruned"] == found["warnings"] == []
+    assert "none.onnx" in found["unread"]
 
 
 def test_of_many_token_methods_those_go_on_that_lose_least_at_the_same_counts():

@@ -274,6 +274,11 @@ class TensorRT(Backend):
             once()
         return once
 
+    def layers(self) -> dict[str, Any]:
+        """What the engine's inspector says of its layers; names alone unless it was built to say more."""
+        found = self._engine.create_engine_inspector().get_engine_information(self._trt.LayerInformationFormat.JSON)
+        return json.loads(found)
+
     def close(self) -> None:
         """Free the memory on the GPU."""
         for buffers in list(self._all):

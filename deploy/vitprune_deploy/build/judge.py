@@ -25,7 +25,7 @@ from ..data import batches
 from ..latency.fingerprint import machine_state
 from ..latency.protocol import Distribution
 from ..runtime import Model
-from . import runtimes
+from . import runtimes, soundness
 from .account import collect
 from .bench import Bench, write_json
 from .make import onnx_name
@@ -42,6 +42,7 @@ def validation_settings(bench: Bench) -> dict[str, Any]:
         "budget": profile.budget.model_dump(mode="json"),
         "accuracy": profile.accuracy.model_dump(mode="json"),
         "validation": profile.validation.model_dump(mode="json"),
+        "input": profile.input.model_dump(mode="json"),
         "device": runtimes.device(profile),
         "seed": profile.seed,
     }
@@ -70,6 +71,8 @@ def validate(bench: Bench, folder: Path) -> None:
             seed=profile.seed,
             progress=show,
         )
+        fused = soundness.fusions(bench, models, engine_files(bench))
+    consistency = soundness.consistency(bench, _backend_name(bench), engine_files(bench)["pruned"])
     names = tuple(bench.class_names) if bench.class_names else None
     accuracy = checks.compare_accuracy(
         outputs.logits["dense"],
@@ -95,6 +98,7 @@ def validate(bench: Bench, folder: Path) -> None:
         non_finite=accuracy.non_finite,
         slowdown=_slowdown(bench, dense),
         drift=dense.reference_drift,
+        inconsistent=consistency.reasons(),
     )
     figures = {
         "verdict": asdict(checks.judge(checks.Limits.of(profile, budget_ms), found)),
@@ -106,6 +110,8 @@ def validate(bench: Bench, folder: Path) -> None:
         "dense_runs_ms": [round(ms, 4) for ms in dense.runs_ms],
         "pruned_runs_ms": [round(ms, 4) for ms in pruned.runs_ms],
         "parity": _engine_parity(bench, outputs.logits["pruned"]),
+        "consistency": consistency.to_dict(),
+        "fusion": fused,
         "memory_mb": memory_mb,
         "size_bytes": {name: checks.size_bytes(path) for name, path in engine_files(bench).items()},
         "machine": machine_state(),
@@ -213,6 +219,8 @@ def make_manifest(bench: Bench) -> Manifest:
             "images": parity["images"],
             **({"ties": parity["ties"]} if "ties" in parity else {}),
         },
+        "consistency": found["consistency"],
+        "fusion": found["fusion"],
         "engines": _engines(bench),
         "files": {},
         "name": profile.name,
