@@ -313,7 +313,7 @@ def validate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="the output folder of a build")],
     set_: SetOption = [],  # noqa: B006
 ) -> Answer:
-    """Validate an output folder again on this machine. Files, accuracy and latency, against its own profile."""
+    """Validate an output folder again on this machine. Files, accuracy, latency, and answers in any batch."""
     from .verbs import validate as verb
 
     return verb.validate(show, folder, set_)
@@ -342,7 +342,7 @@ def inspect(
     show: console.Console,
     path: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="output folder, .onnx file or .plan file")],
 ) -> Answer:
-    """Show what an output folder, ONNX file or engine holds. And whether the files of a folder are whole."""
+    """Show what an output folder, ONNX file or engine holds. Whether files are whole, and attention is one kernel."""
     from .verbs import inspect as verb
 
     return verb.inspect(path)

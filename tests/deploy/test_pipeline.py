@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,9 +26,10 @@ from vitprune_deploy.artifact import sha256_file
 from vitprune_deploy.backends import tensorrt
 from vitprune_deploy.backends._cuda import open_cuda
 from vitprune_deploy.backends.onnxruntime import OnnxRuntime
-from vitprune_deploy.build import account, judge, make, runtimes, screen, training
+from vitprune_deploy.build import account, judge, make, runtimes, screen, soundness, training
 from vitprune_deploy.build.bench import Bench
 from vitprune_deploy.data import Preprocess
+from vitprune_deploy.export.onnx import export_onnx
 from vitprune_deploy.profile import load_profile
 from vitprune_deploy.runtime import Model
 
@@ -54,7 +56,7 @@ def a_bench(profile, folder, **more):
     folders = {name: folder / name for name in ("search", "export", "engines")}
     models = {"dense": tiny.tiny_vit(), "pruned": tiny.tiny_vit(reducer="evit", keep={0: 30})}
     shows = SimpleNamespace(say=lambda text: None, progress=lambda *done: None)
-    parts = {**models, "islands": lambda model, precision: ()}
+    parts = {**models, "islands": lambda model, precision: (), "int8_file": lambda: None}
     return SimpleNamespace(profile=profile, folders=folders, shows=shows, **{**parts, **more})
 
 
@@ -284,6 +286,36 @@ def test_an_engine_other_than_the_one_of_the_export_is_compared_with_torch(profi
     assert judge._engine_parity(bench, logits) is None
 
 
+def models_of(*layers):
+    """Loaded engines whose inspector says ``layers``, the dense one's first."""
+    backends = [SimpleNamespace(layers=lambda one=one: {"Layers": one}) for one in layers]
+    return {name: SimpleNamespace(backend=one) for name, one in zip(("dense", "pruned"), backends, strict=True)}
+
+
+def test_a_fusion_that_pruning_broke_is_told_whatever_the_runtime(profile, tmp_path):
+    bench = a_bench(profile("runtime.name=tensorrt"), tmp_path)
+    files = [bench.folders["export"] / name for name in ("dense.onnx", "model.onnx")]
+    export_onnx(bench.dense, files[0], opset=23)
+    shutil.copy(*files)
+    attends = [node.name for node in onnx.load(files[0]).graph.node if node.op_type == "Attention"]
+    whole = [{"Name": f"_gemm_mha_v2_{i}", "LayerType": "kgen", "Metadata": f"[ONNX Layer: {name}]"}
+             for i, name in enumerate(attends)]  # fmt: skip
+    parts = [whole[0], *(whole[1] | {"Name": part, "LayerType": "gemm"} for part in ("qk", "pv"))]
+    found = soundness.fusions(bench, models_of(whole, whole), {"dense": Path(), "pruned": Path()})
+    assert (found["runtime"], found["warnings"], found["unread"]) == ("tensorrt", [], None)
+    assert [one["fused"] for one in found["pruned"]] == [True, True]
+    (warning,) = soundness.fusions(bench, models_of(whole, parts), {"dense": Path(), "pruned": Path()})["warnings"]
+    assert "the attention of block 1 is one kernel in the dense model" in warning
+
+
+def test_a_graph_that_cannot_be_read_costs_the_report_and_no_build(profile, tmp_path):
+    bench = a_bench(profile(), tmp_path)
+    files = dict.fromkeys(("dense", "pruned"), tmp_path / "none.onnx")
+    found = soundness.fusions(bench, models_of([], []), files)
+    assert found["dense"] == found["pruned"] == found["warnings"] == []
+    assert "none.onnx" in found["unread"]
+
+
 def test_of_many_token_methods_those_go_on_that_lose_least_at_the_same_counts():
     dense, pictures = tiny.tiny_vit(depth=4), tiny.images(8)
     names = ["evit", "evit_drop", "pitome", "tome"]
@@ -296,14 +328,14 @@ def test_of_many_token_methods_those_go_on_that_lose_least_at_the_same_counts():
 
 
 @pytest.mark.parametrize(("asked", "searched"), [(["tome"], ["tome"]), ([], []), (None, 2)])
-def test_the_methods_that_are_searched_are_two_at_most(tmp_path, asked, searched):
+def test_the_methods_that_are_searched_are_two_at_most(profile, tmp_path, asked, searched):
     kinds = {name: parts.load("vitprune.tokens", name, Reducer) for name in parts.names("vitprune.tokens")}
     names = list(kinds) if asked is None else asked
     lines = []
     bench = SimpleNamespace(
         candidates=lambda: [TokenMethod.of(name, kinds[name]) for name in names],
         dense=tiny.tiny_vit(depth=4), search_images=tiny.images(8), shows=SimpleNamespace(say=lines.append),
-        profile=SimpleNamespace(model=SimpleNamespace(checkpoint_format=None)),
+        profile=profile(),
     )  # fmt: skip
     screen.screen(bench, tmp_path)
     found = json.loads((tmp_path / "methods.json").read_text())

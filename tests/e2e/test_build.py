@@ -83,6 +83,17 @@ def test_a_service_gets_the_same_answers_from_files_and_from_pixels(built, image
     np.testing.assert_array_equal(from_files.logits, from_pixels.logits)
 
 
+def test_the_engine_is_checked_for_faults_that_accuracy_does_not_show(built):
+    sound, fusion = (built[1].model_extra[name] for name in ("consistency", "fusion"))
+    assert sound["passed"]
+    assert not any(check["skipped"] for check in sound["checks"])
+    assert sound["checks"][1]["batches"] == [2, 3, 4]
+    dense, pruned = ([one["kernels"][-2:] for one in fusion[name]] for name in ("dense", "pruned"))
+    assert dense == [["Softmax", "MatMul"]] * 3  # no kernel of ONNX Runtime on the CPU is all of attention
+    assert {tuple(kernels) for kernels in pruned} <= {("Softmax", "MatMul")}
+    assert fusion["warnings"] == []
+
+
 def test_the_frontier_has_a_plan_for_every_budget(built):
     points = from_rows(json.loads((built[0] / "frontier.json").read_text()))
     times = [point.predicted_ms for point in points]

@@ -6,11 +6,13 @@ Options of ``load``:
     cpu_nodes: let nodes that a GPU provider does not take run on the CPU; False, since that hides a slow graph.
     sizes: sizes of free dimensions by name, besides ``batch``; a graph with all of them fixed is specialised.
     copies: whether a timed run on a GPU includes copying from and to the host, as a service's does; True.
+    optimise: whether nodes are fused and rearranged; False runs the graph node by node as it is written; True.
 """
 
 from __future__ import annotations
 
 import io
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
@@ -44,7 +46,7 @@ PACKAGES = {
     "DmlExecutionProvider": "onnxruntime-directml",
 }
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn")
-OPTIONS = ("provider", "provider_options", "cpu_nodes", "sizes", "copies")
+OPTIONS = ("provider", "provider_options", "cpu_nodes", "sizes", "copies", "optimise")
 CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 # Arithmetic on sizes, such as that of a free batch, is left to the CPU on purpose: its results are needed there. For
 # numbers of a model the GPU providers have these operators, so what the CPU has of them is such arithmetic.
@@ -87,6 +89,8 @@ class OnnxRuntime(Backend):
         sizes = dict(options.get("sizes", {})) | ({} if batch is None else {"batch": batch})
         strict = _takes_all(provider) and not options.get("cpu_nodes")
         session_options = _session_options(threads, sizes, provider, strict=strict)
+        if not options.get("optimise", True):
+            session_options.graph_optimization_level = _import().GraphOptimizationLevel.ORT_DISABLE_ALL
         before = task_ids()
         session = _open(path, session_options, provider, dict(options.get("provider_options", {})), threads)
         if strict:
@@ -165,6 +169,32 @@ class _Bound:
         start = time.perf_counter_ns()
         self._run(self._binding)
         return (time.perf_counter_ns() - start) / 1e6
+
+
+def optimised(path: Path, *, threads: int | None = None, options: Mapping[str, Any] | None = None) -> Any:
+    """The graph that a session of the model in ``path`` runs, as an ``onnx.ModelProto`` without its weights.
+
+    Raises:
+        NotSupported: the provider compiles the graph into something of its own.
+        InputError, DamagedFile, MissingError: as ``OnnxRuntime.load``.
+    """
+    import onnx
+
+    options = dict(options or {})
+    provider = find_provider(options.get("provider", "cpu"))
+    wanted = _session_options(threads, options.get("sizes", {}), provider, strict=False)
+    with tempfile.TemporaryDirectory(prefix="vitprune-") as folder:
+        written = Path(folder) / "optimised.onnx"
+        wanted.optimized_model_filepath = str(written)
+        wanted.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+        wanted.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        try:
+            _open(path, wanted, provider, dict(options.get("provider_options", {})), threads)
+        except DamagedFile as error:
+            if "compiled nodes" in str(error):
+                raise NotSupported(f"{provider} does not show what it made of {path.name}") from error
+            raise
+        return onnx.load(str(written), load_external_data=False)
 
 
 def check_packages() -> None:

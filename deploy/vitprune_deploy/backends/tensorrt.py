@@ -13,6 +13,7 @@ Options of ``load``:
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -137,6 +138,11 @@ class TensorRT(Backend):
         while time.monotonic() < end:
             once()
         return once
+
+    def layers(self) -> dict[str, Any]:
+        """What the engine's inspector says of its layers; names alone unless it was built to say more."""
+        found = self._engine.create_engine_inspector().get_engine_information(self._trt.LayerInformationFormat.JSON)
+        return json.loads(found)
 
     def close(self) -> None:
         """Free the memory on the GPU."""

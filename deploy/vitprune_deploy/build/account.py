@@ -48,6 +48,8 @@ def collect(bench: Bench, manifest: Manifest) -> Facts:
         accuracy=found["accuracy"],
         reference_top1=found["reference_top1"],
         parity=manifest.parity.model_dump(),
+        consistency=found["consistency"],
+        fusion=found["fusion"],
         token_method=searched["method"],
         frontier=tuple(from_rows(bench.json("search", "frontier.json"))),
         search=searched,

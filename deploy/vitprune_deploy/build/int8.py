@@ -16,10 +16,9 @@ from ..latency.fingerprint import device_fingerprint
 from ..latency.protocol import Distribution
 from ..runtime import Model
 from . import runtimes
-from .bench import Bench, write_json
+from .bench import INT8, Bench, write_json
 from .judge import engine_files, open_engine
 
-CHOICE = "int8.json"
 CALIBRATION = 256  # images that fixed scales are found on
 
 
@@ -40,7 +39,7 @@ def int8_settings(bench: Bench) -> dict[str, Any]:
 def try_int8(bench: Bench, folder: Path) -> None:
     """Make the file, measure it beside the one that it would replace, and say whether it does."""
     if not bench.profile.runtime.try_int8:
-        write_json(folder / CHOICE, {"kept": False})
+        write_json(folder / INT8, {"kept": False})
         return
     path = folder / "model.int8.onnx"
     try:
@@ -51,7 +50,7 @@ def try_int8(bench: Bench, folder: Path) -> None:
     if not found["kept"]:
         path.unlink(missing_ok=True)
     bench.shows.say(f"int8 is {'kept' if found['kept'] else 'left out'}: {found['why']}")
-    write_json(folder / CHOICE, found)
+    write_json(folder / INT8, found)
 
 
 def _quantize(bench: Bench, path: Path) -> None:

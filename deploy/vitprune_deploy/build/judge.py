@@ -25,7 +25,7 @@ from ..data import batches
 from ..latency.fingerprint import machine_state
 from ..latency.protocol import Distribution
 from ..runtime import Model
-from . import runtimes
+from . import runtimes, soundness
 from .account import collect
 from .bench import Bench, write_json
 from .make import PLAIN, onnx_name
@@ -42,6 +42,7 @@ def validation_settings(bench: Bench) -> dict[str, Any]:
         "budget": profile.budget.model_dump(mode="json"),
         "accuracy": profile.accuracy.model_dump(mode="json"),
         "validation": profile.validation.model_dump(mode="json"),
+        "input": profile.input.model_dump(mode="json"),
         "device": runtimes.device(profile),
         "seed": profile.seed,
     }
@@ -74,6 +75,8 @@ def validate(bench: Bench, folder: Path) -> None:
             progress=show,
         )
         price = compatibility_price(bench, sessions["pruned"], inputs)
+        fused = soundness.fusions(bench, models, engine_files(bench))
+    consistency = soundness.consistency(bench, _backend_name(bench), engine_files(bench)["pruned"])
     names = tuple(bench.class_names) if bench.class_names else None
     accuracy = checks.compare_accuracy(
         outputs.logits["dense"],
@@ -99,6 +102,7 @@ def validate(bench: Bench, folder: Path) -> None:
         non_finite=accuracy.non_finite,
         slowdown=_slowdown(bench, dense),
         drift=dense.reference_drift,
+        inconsistent=consistency.reasons(),
     )
     figures = {
         "verdict": asdict(checks.judge(checks.Limits.of(profile, budget_ms), found)),
@@ -111,6 +115,8 @@ def validate(bench: Bench, folder: Path) -> None:
         "pruned_runs_ms": [round(ms, 4) for ms in pruned.runs_ms],
         "parity": _engine_parity(bench, outputs.logits["pruned"]),
         "compatibility": price,
+        "consistency": consistency.to_dict(),
+        "fusion": fused,
         "memory_mb": memory_mb,
         "size_bytes": {name: checks.size_bytes(path) for name, path in engine_files(bench).items()},
         "machine": machine_state(),
@@ -151,16 +157,10 @@ def engine_files(bench: Bench) -> dict[str, Path]:
         names = {"dense": "dense", "model": "pruned", "reference": "reference"}
         built = (e for e in product_engines(bench) if e["model"] in names)
         return {names[e["model"]]: bench.folders["engines"] / e["file"] for e in built}
-    files = {"dense": exported / "dense.onnx", "pruned": int8_file(bench) or exported / "model.onnx"}
+    files = {"dense": exported / "dense.onnx", "pruned": bench.int8_file() or exported / "model.onnx"}
     if runtime.precision == "fp32":
         return files
     return files | {"reference": exported / ("dense.onnx" if bench.profile.tells_precision else "reference.onnx")}
-
-
-def int8_file(bench: Bench) -> Path | None:
-    """The pruned model in int8, if it is shipped."""
-    kept = "int8" in bench.folders and bench.json("int8", "int8.json")["kept"]
-    return bench.folders["int8"] / "model.int8.onnx" if kept else None
 
 
 def product_engines(bench: Bench) -> list[dict[str, Any]]:
@@ -189,7 +189,7 @@ def _engine_parity(bench: Bench, logits: np.ndarray) -> dict[str, Any] | None:
 
     runtime = bench.profile.runtime
     plain = runtime.name == "onnxruntime" and runtime.provider.lower() in ("cpu", "cpuexecutionprovider")
-    if plain and not int8_file(bench):
+    if plain and not bench.int8_file():
         return None
     # in the order in which the engine had them, unreadable ones left out
     rounds = math.ceil(min(bench.profile.validation.parity_images, len(logits)) / PARITY_BATCH)
@@ -248,6 +248,8 @@ def make_manifest(bench: Bench) -> Manifest:
             "images": parity["images"],
             **({"ties": parity["ties"]} if "ties" in parity else {}),
         },
+        "consistency": found["consistency"],
+        "fusion": found["fusion"],
         "engines": _engines(bench),
         "compatibility": found.get("compatibility"),
         "files": {},
@@ -301,7 +303,7 @@ def _engines(bench: Bench) -> list[dict[str, Any]]:
     product = {"runtime": profile.runtime.name, "precision": profile.runtime.precision}
     loads = {"options": runtimes.load_options(profile), "max_batch": profile.input.batch.max}
     entries = []
-    if int8 := int8_file(bench):
+    if int8 := bench.int8_file():
         entries.append({**product, "precision": "int8", "status": "run", "file": f"engine/{int8.name}", **loads})
     if not runtimes.is_tensorrt(profile.runtime.name):
         entries.append({**product, "status": "run", "file": onnx_name(profile, profile.graph_precision), **loads})

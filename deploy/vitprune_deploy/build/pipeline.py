@@ -16,7 +16,7 @@ from ..console import Console
 from ..profile import Profile
 from ..stages import Stages
 from . import choose, int8, judge, make, prepare, screen
-from .bench import METHODS, RANKINGS, Bench
+from .bench import INT8, METHODS, RANKINGS, Bench
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ STAGES = (
     ),
     Stage("engines", ("export",), ("engines.json",), make.engine_settings, (), make.build_engines),
     Stage(
-        "int8", ("model", "images", "export", "engines"), (int8.CHOICE,), int8.int8_settings,
+        "int8", ("model", "images", "export", "engines"), (INT8,), int8.int8_settings,
         ("onnxruntime", "openvino", "nncf"), int8.try_int8,
     ),
     Stage(

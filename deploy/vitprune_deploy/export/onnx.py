@@ -7,6 +7,7 @@ what names files of this machine (stack traces of every node) is left out, so th
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import json
@@ -31,6 +32,7 @@ from .islands import Island
 from .precision import in_precision, opset_for
 
 METADATA_PREFIX = "vitprune."
+NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # the exporter's module of what no module asked for
 EXTERNAL_DATA_FROM_BYTES = 1_900_000_000  # a protobuf message ends at 2 GB
 # value: why the runtimes that we serve cannot take the node, or take it and compute something else
 FORBIDDEN = {
@@ -158,6 +160,7 @@ def export_module(
     _refuse_forbidden(graph)
     requested = {name: dict(axes) for name, axes in zip(names[0], dynamic, strict=True) if axes}
     _name_axes(graph, requested)
+    _name_nodes(graph)
     _anonymise(program)
     weights = _weights(graph)
     props = {"version": __version__, "torch": torch.__version__, **metadata_json(weights=weights), **(metadata or {})}
@@ -300,6 +303,20 @@ def _name_axes(graph: Any, requested: Mapping[str, Mapping[int, Axis]]) -> None:
                 raise NotSupported(f"the exporter fixed batch of the output {value.name} to {value.shape[0]}")
 
 
+def _name_nodes(graph: Any) -> None:
+    """Name each node by the module that it comes from, as in ``blocks.3.attn/Softmax_17``: runtimes keep such names."""
+    for number, node in enumerate(graph.all_nodes()):
+        # paths of modules from the outermost to the innermost, and at last the exporter's name of the call
+        *scopes, _ = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
+        module = _unwrapped(scopes[-1] if scopes else "").removeprefix(NO_MODULE)
+        node.name = f"{module}/{node.op_type}_{number}" if module else f"{node.op_type}_{number}"
+
+
+def _unwrapped(name: str) -> str:
+    """A module's or a weight's name without our wrappers' names for what they hold."""
+    return f"{name}.".removeprefix("module.").removeprefix("model.").removesuffix(".")
+
+
 def _anonymise(program: Any) -> None:
     """Drop stack traces and the exporter's own shapes of inner values, which use other names for the axes."""
     graph = program.graph
@@ -316,7 +333,7 @@ def _anonymise(program: Any) -> None:
     for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
         value.metadata_props.clear()
     for value in list(graph.initializers.values()):
-        value.name = value.name.removeprefix("module.").removeprefix("model.")  # our wrappers' names for what they hold
+        value.name = _unwrapped(value.name)
 
 
 def _weights(graph: Any) -> dict[str, int]:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from .accuracy import Accuracy, Paired, Parity, Share, compare_accuracy, compare_with_torch, run_models
+from .consistency import Consistency, Served, arithmetic
 from .cost import SESSIONS, budget_ms, compare_latency, latency_dict, memory_mb, one_batch, size_bytes
+from .examine import FEW, Subject, check_consistency
 from .judge import Figures, Limits, Verdict, judge, missed_floors
+from .subjects import subject
 
 __all__ = [
+    "FEW",
     "SESSIONS",
     "Accuracy",
+    "Consistency",
     "Figures",
     "Limits",
     "Paired",
     "Parity",
+    "Served",
     "Share",
+    "Subject",
     "Verdict",
+    "arithmetic",
     "budget_ms",
+    "check_consistency",
     "compare_accuracy",
     "compare_latency",
     "compare_with_torch",
@@ -26,4 +35,5 @@ __all__ = [
     "one_batch",
     "run_models",
     "size_bytes",
+    "subject",
 ]

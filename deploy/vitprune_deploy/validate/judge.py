@@ -52,6 +52,7 @@ class Figures:
         reference_top1: percent, of the dense model in fp32.
         memory_mb: peak of the process's memory that the loaded model added.
         non_finite: images for which the engine gave NaN or infinity.
+        inconsistent: a sentence for each check of ``consistency`` that failed.
         slowdown: the dense model's median time, as a multiple of what it was when the plan was measured.
         drift: by how much the dense model's time varied meanwhile, its 90th minus its 10th percentile over the median.
     """
@@ -66,6 +67,7 @@ class Figures:
     dense_latency: Percentile | None = None
     slowdown: float = 1.0
     drift: float = 0.0
+    inconsistent: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def judge(limits: Limits, figures: Figures) -> Verdict:
         missed.append(f"memory {figures.memory_mb:.0f} MB is over budget.memory_mb {limits.memory_mb:g}")
     if figures.non_finite:
         missed.append(f"the engine gave NaN or infinity for {figures.non_finite} test images")
+    missed += figures.inconsistent
     return Verdict("fail" if missed else "unstable" if undecided else "pass", missed + undecided)
 
 

@@ -15,11 +15,12 @@ import numpy as np
 from .. import validate as checks
 from ..artifact import EngineEntry, Manifest, sha256_file, verify
 from ..console import Console
-from ..data import ImageSet, open_split
+from ..data import ImageSet, open_split, picked
 from ..latency.fingerprint import compare, device_fingerprint, machine_state
 from ..latency.protocol import Distribution
 from ..profile import Profile, load_profile
 from ..runtime import Model, load
+from . import soundness
 from .answer import Answer, milliseconds, table
 
 DENSE_FILES = (".work/export-*/dense.onnx", ".work/engines-*/dense.*.plan")  # what a build keeps for its next run
@@ -33,16 +34,18 @@ class Found:
         dense: latency of the dense engine; None: the folder does not hold that engine any more.
         accuracy: of the pruned engine beside the dense one, or beside itself where there is none.
         memory_mb: of the pruned engine.
+        consistency: of each engine that runs here, by its name.
     """
 
     dense: Distribution | None
     pruned: Distribution
     accuracy: checks.Accuracy
     memory_mb: float | None
+    consistency: Mapping[str, checks.Consistency]
 
 
 def validate(console: Console, folder: Path, overrides: Sequence[str]) -> Answer:
-    """Files, accuracy and latency of the engine in ``folder``; code 1 unless the verdict is 'pass'.
+    """Files, accuracy, latency and consistency of the engine in ``folder``; code 1 unless the verdict is 'pass'.
 
     The dense engine is run beside it if the build's work folder still has it. Without it, the budget in milliseconds
     and the dense top-1 are those that the build found.
@@ -59,8 +62,10 @@ def validate(console: Console, folder: Path, overrides: Sequence[str]) -> Answer
         pruned = sessions["pruned"][0]
         classes = json.loads((folder / "model.json").read_bytes())["classes"] or None
         images = open_split(profile.data, class_names=pruned.classes, num_classes=classes, seed=profile.seed).test
+        few, _ = picked(images, pruned.preprocess, range(min(checks.FEW, len(images))))
         with console.stage("validate", 1, 1):
-            found = _find(console, profile, sessions, images, _memory(folder, manifest, profile))
+            sound = soundness.consistency(folder, manifest, profile, few, console.say)
+            found = _find(console, profile, sessions, images, sound, _memory(folder, manifest, profile))
         here = device_fingerprint(pruned.backend.runtime, pruned.backend.provider, profile.budget.threads)
     verdict, budget_ms = _judge(profile, manifest, found)
     differences = compare(manifest.device, here)
@@ -71,6 +76,7 @@ def validate(console: Console, folder: Path, overrides: Sequence[str]) -> Answer
         **asdict(verdict),
         "budget_ms": budget_ms,
         "accuracy": found.accuracy.to_dict(),
+        "consistency": {name: one.to_dict() for name, one in found.consistency.items()},
         "latency": {name: checks.latency_dict(one) for name, one in _latencies(found).items()},
         "device": here,
         "device_differences": [*differences[0], *differences[1]],
@@ -132,6 +138,7 @@ def _find(
     profile: Profile,
     sessions: Mapping[str, Sequence[Model]],
     images: ImageSet,
+    sound: Mapping[str, checks.Consistency],
     memory_mb: Callable[[np.ndarray], float | None],
 ) -> Found:
     """What the engines, each loaded once or several times, are worth on ``images``."""
@@ -157,7 +164,7 @@ def _find(
         unreadable=len(images.unreadable),
         seed=profile.seed,
     )
-    return Found(first if "dense" in models else None, second, accuracy, memory_mb(inputs))
+    return Found(first if "dense" in models else None, second, accuracy, memory_mb(inputs), sound)
 
 
 def _judge(profile: Profile, manifest: Manifest, found: Found) -> tuple[checks.Verdict, float]:
@@ -178,8 +185,15 @@ def _judge(profile: Profile, manifest: Manifest, found: Found) -> tuple[checks.V
         memory_mb=found.memory_mb,
         non_finite=accuracy.non_finite,
         drift=found.dense.reference_drift if found.dense else 0.0,
+        inconsistent=_inconsistent(found.consistency),
     )
     return checks.judge(replace(checks.Limits.of(profile, budget_ms), relative=relative), figures), budget_ms
+
+
+def _inconsistent(found: Mapping[str, checks.Consistency]) -> tuple[str, ...]:
+    """A sentence for each check that failed, with the engine where there are several."""
+    several = len(found) > 1
+    return tuple(f"{name}: {why}" if several else why for name, one in found.items() for why in one.reasons())
 
 
 def _reference_top1(manifest: Manifest) -> float | None:
@@ -208,5 +222,7 @@ def _text(folder: Path, manifest: Manifest, found: Found, verdict: checks.Verdic
     if found.dense is not None:
         rows.append(["agreement (%)", "", f"{found.accuracy.agreement.percent:.2f}", ""])
     figures = table(rows, head=["", "when built", "now", "budget"], right=[1, 2, 3])
+    sound = soundness.consistency_text({name: one.to_dict() for name, one in found.consistency.items()})
     whole = f"all {len(manifest.files)} files of {folder} are what its manifest says"
-    return "\n".join([verdict.verdict, *(f"  {reason}" for reason in verdict.reasons), "", figures, "", whole])
+    reasons = [f"  {reason}" for reason in verdict.reasons]
+    return "\n".join([verdict.verdict, *reasons, "", figures, "", sound, "", whole])
