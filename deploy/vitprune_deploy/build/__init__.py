@@ -57,5 +57,6 @@ def _delivered(bench: Bench) -> dict[str, Path]:
     files |= {name: folders["search"] / name for name in ("plan.yaml", "frontier.json")}
     files |= {name: folders["recover"] / name for name in ("model.json", "model.safetensors")}
     files |= {path.name: path for path in sorted(folders["export"].glob("model*.onnx*"))}
+    files |= {path.name: path for path in sorted(folders["validate"].glob("golden.*"))}
     files |= {f"engine/{path.name}": path for path in sorted(folders["engines"].glob("model.*"))}
     return files

@@ -21,7 +21,7 @@ from vitprune import parts
 from .. import validate as checks
 from ..artifact import Manifest
 from ..backends.base import Backend
-from ..data import batches
+from ..data import batches, picked
 from ..latency.fingerprint import machine_state
 from ..latency.protocol import Distribution
 from ..runtime import Model
@@ -60,6 +60,7 @@ def validate(bench: Bench, folder: Path) -> None:
         models = {name: opened[0] for name, opened in sessions.items()}
         outputs = checks.run_models(models, tested, batch=profile.batch, threads=2, progress=show)
         inputs = checks.one_batch(tested, bench.preprocess, profile.batch)
+        _write_golden(bench, models["pruned"], folder)
         dense, pruned = checks.compare_latency(
             sessions["dense"],
             sessions["pruned"],
@@ -111,6 +112,13 @@ def validate(bench: Bench, folder: Path) -> None:
         "machine": machine_state(),
     }
     write_json(folder / "figures.json", figures)
+
+
+def _write_golden(bench: Bench, model: Model, folder: Path) -> None:
+    """One of the test images with what the engine says of it, for whoever embeds the engine elsewhere."""
+    tested = bench.images.test
+    _, (first,) = picked(tested, bench.preprocess, [0])
+    checks.write_golden(folder, model, tested.image(first), bench.profile.runtime.precision)
 
 
 def _slowdown(bench: Bench, dense: Distribution) -> float:

@@ -59,10 +59,12 @@ def validate(console: Console, folder: Path, overrides: Sequence[str]) -> Answer
         pruned = sessions["pruned"][0]
         classes = json.loads((folder / "model.json").read_bytes())["classes"] or None
         images = open_split(profile.data, class_names=pruned.classes, num_classes=classes, seed=profile.seed).test
+        golden = checks.compare_golden(folder, manifest, pruned)
         with console.stage("validate", 1, 1):
             found = _find(console, profile, sessions, images, _memory(folder, manifest, profile))
         here = device_fingerprint(pruned.backend.runtime, pruned.backend.provider, profile.budget.threads)
     verdict, budget_ms = _judge(profile, manifest, found)
+    verdict = _with_golden(verdict, golden)
     differences = compare(manifest.device, here)
     for line in (*differences[0], *differences[1]):
         console.say(f"note: {line}")
@@ -71,6 +73,7 @@ def validate(console: Console, folder: Path, overrides: Sequence[str]) -> Answer
         **asdict(verdict),
         "budget_ms": budget_ms,
         "accuracy": found.accuracy.to_dict(),
+        "golden": golden._asdict() if golden else None,
         "latency": {name: checks.latency_dict(one) for name, one in _latencies(found).items()},
         "device": here,
         "device_differences": [*differences[0], *differences[1]],
@@ -180,6 +183,18 @@ def _judge(profile: Profile, manifest: Manifest, found: Found) -> tuple[checks.V
         drift=found.dense.reference_drift if found.dense else 0.0,
     )
     return checks.judge(replace(checks.Limits.of(profile, budget_ms), relative=relative), figures), budget_ms
+
+
+def _with_golden(verdict: checks.Verdict, golden: checks.Difference | None) -> checks.Verdict:
+    """The verdict, which fails where the golden image does not give its golden logits."""
+    if golden is None or golden.small:
+        return verdict
+    found = "are not of the kind that" if golden.max_abs is None else f"differ by up to {golden.max_abs:.3g} from what"
+    reason = (
+        f"the golden image's logits {found} the build gave, {golden.tolerance:.3g} may be rounding: "
+        "this runtime does not compute what was validated"
+    )
+    return checks.Verdict("fail", [reason, *verdict.reasons])
 
 
 def _reference_top1(manifest: Manifest) -> float | None:
