@@ -29,7 +29,7 @@ from vitprune_deploy.verbs.validate import validate as validate_folder
 pytestmark = pytest.mark.e2e
 
 DELIVERED = {"profile.yaml", "plan.yaml", "model.json", "model.safetensors", "latency_table.json", "frontier.json",
-             "model.onnx", "report.html"}  # fmt: skip
+             "model.onnx", "report.html", "golden.png", "golden.json"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

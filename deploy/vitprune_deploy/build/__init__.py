@@ -57,6 +57,7 @@ def _delivered(bench: Bench) -> dict[str, Path]:
     files |= {name: folders["search"] / name for name in ("plan.yaml", "frontier.json")}
     files |= {name: folders["recover"] / name for name in ("model.json", "model.safetensors")}
     files |= {path.name: path for path in sorted(folders["export"].glob("model*.onnx*"))}
+    files |= {path.name: path for path in sorted(folders["validate"].glob("golden.*"))}
     engines = [*folders["engines"].glob("model.*"), *folders["int8"].glob("model.*")]
     files |= {f"engine/{path.name}": path for path in sorted(engines)}
     return files

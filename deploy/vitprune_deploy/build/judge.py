@@ -21,7 +21,7 @@ from vitprune import parts
 from .. import validate as checks
 from ..artifact import Manifest
 from ..backends.base import Backend
-from ..data import batches
+from ..data import batches, picked
 from ..latency.fingerprint import machine_state
 from ..latency.protocol import Distribution
 from ..runtime import Model
@@ -64,6 +64,7 @@ def validate(bench: Bench, folder: Path) -> None:
         models = {name: opened[0] for name, opened in sessions.items()}
         outputs = checks.run_models(models, tested, batch=profile.batch, threads=2, progress=show)
         inputs = checks.one_batch(tested, bench.preprocess, profile.batch)
+        _write_golden(bench, models["pruned"], folder)
         dense, pruned = checks.compare_latency(
             sessions["dense"],
             sessions["pruned"],
@@ -139,6 +140,14 @@ def compatibility_price(bench: Bench, pruned: Sequence[Model], inputs: np.ndarra
         )  # fmt: skip
     without, with_it = (float(np.median(one.runs_ms)) for one in found)
     return {"without_ms": without, "with_ms": with_it, "times": with_it / without, "runs": found[0].samples}
+
+
+def _write_golden(bench: Bench, model: Model, folder: Path) -> None:
+    """One of the test images with what the engine says of it, for whoever embeds the engine elsewhere."""
+    tested = bench.images.test
+    _, (first,) = picked(tested, bench.preprocess, [0])
+    precision = "int8" if bench.int8_file() else bench.profile.runtime.precision
+    checks.write_golden(folder, model, tested.image(first), precision)
 
 
 def _slowdown(bench: Bench, dense: Distribution) -> float:

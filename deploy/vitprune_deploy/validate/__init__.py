@@ -6,6 +6,7 @@ from .accuracy import Accuracy, Paired, Parity, Share, compare_accuracy, compare
 from .consistency import Consistency, Served, arithmetic
 from .cost import SESSIONS, budget_ms, compare_latency, latency_dict, memory_mb, one_batch, size_bytes
 from .examine import FEW, Subject, check_consistency
+from .golden import Difference, compare_golden, write_golden
 from .judge import Figures, Limits, Verdict, judge, missed_floors
 from .subjects import subject
 
@@ -14,6 +15,7 @@ __all__ = [
     "SESSIONS",
     "Accuracy",
     "Consistency",
+    "Difference",
     "Figures",
     "Limits",
     "Paired",
@@ -26,6 +28,7 @@ __all__ = [
     "budget_ms",
     "check_consistency",
     "compare_accuracy",
+    "compare_golden",
     "compare_latency",
     "compare_with_torch",
     "judge",
@@ -36,4 +39,5 @@ __all__ = [
     "run_models",
     "size_bytes",
     "subject",
+    "write_golden",
 ]

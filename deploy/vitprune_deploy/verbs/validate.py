@@ -63,11 +63,13 @@ def validate(console: Console, folder: Path, overrides: Sequence[str]) -> Answer
         classes = json.loads((folder / "model.json").read_bytes())["classes"] or None
         images = open_split(profile.data, class_names=pruned.classes, num_classes=classes, seed=profile.seed).test
         few, _ = picked(images, pruned.preprocess, range(min(checks.FEW, len(images))))
+        golden = checks.compare_golden(folder, manifest, pruned)
         with console.stage("validate", 1, 1):
             sound = soundness.consistency(folder, manifest, profile, few, console.say)
             found = _find(console, profile, sessions, images, sound, _memory(folder, manifest, profile))
         here = device_fingerprint(pruned.backend.runtime, pruned.backend.provider, profile.budget.threads)
     verdict, budget_ms = _judge(profile, manifest, found)
+    verdict = _with_golden(verdict, golden)
     differences = compare(manifest.device, here)
     for line in (*differences[0], *differences[1]):
         console.say(f"note: {line}")
@@ -77,6 +79,7 @@ def validate(console: Console, folder: Path, overrides: Sequence[str]) -> Answer
         "budget_ms": budget_ms,
         "accuracy": found.accuracy.to_dict(),
         "consistency": {name: one.to_dict() for name, one in found.consistency.items()},
+        "golden": golden._asdict() if golden else None,
         "latency": {name: checks.latency_dict(one) for name, one in _latencies(found).items()},
         "device": here,
         "device_differences": [*differences[0], *differences[1]],
@@ -194,6 +197,18 @@ def _inconsistent(found: Mapping[str, checks.Consistency]) -> tuple[str, ...]:
     """A sentence for each check that failed, with the engine where there are several."""
     several = len(found) > 1
     return tuple(f"{name}: {why}" if several else why for name, one in found.items() for why in one.reasons())
+
+
+def _with_golden(verdict: checks.Verdict, golden: checks.Difference | None) -> checks.Verdict:
+    """The verdict, which fails where the golden image does not give its golden logits."""
+    if golden is None or golden.small:
+        return verdict
+    found = "are not of the kind that" if golden.max_abs is None else f"differ by up to {golden.max_abs:.3g} from what"
+    reason = (
+        f"the golden image's logits {found} the build gave, {golden.tolerance:.3g} may be rounding: "
+        "this runtime does not compute what was validated"
+    )
+    return checks.Verdict("fail", [reason, *verdict.reasons])
 
 
 def _reference_top1(manifest: Manifest) -> float | None:
