@@ -90,7 +90,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="for each number of clients")
     parser.add_argument("--requests", type=int, default=10_000, help="over which memory is watched")
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--delay-ms", type=float, default=1.0)
     arguments = parser.parse_args()
     with load(arguments.folder, threads=arguments.threads) as model:
         requests = Requests(model)
@@ -100,8 +99,7 @@ def main() -> None:
     print(f"{circumstances['provider']}, threads {arguments.threads or 'all'}; {machine_state()}")
     for batch, ms in bare.items():
         print(f"engine alone, batch {batch}: p50 {ms:.2f} ms, {1000 * batch / ms:.1f} images/s")
-    options = ["--delay-ms", str(arguments.delay_ms)]
-    options += [] if arguments.threads is None else ["--threads", str(arguments.threads)]
+    options = [] if arguments.threads is None else ["--threads", str(arguments.threads)]
     with serving(arguments.folder, options) as (port, process):
         print("clients  requests    p50 ms    p99 ms  requests/s  images a batch")
         for clients in arguments.clients:

@@ -151,7 +151,7 @@ def writing(folder: Path) -> Iterator[None]:
                 f"no room left on the disk of {folder}; free some and run the same command again"
             ) from error
         if isinstance(error, OSError) and error.errno in _CLOSED and _is_about(error, folder):
-            raise InputError(f"{folder} cannot be written to ({error.strerror}); choose another with --out") from error
+            raise InputError(f"{folder} cannot be written to ({error.strerror}); choose another folder") from error
         raise
 
 

@@ -352,16 +352,16 @@ def visualize(
 )
 def package(
     show: console.Console,
-    kind: Annotated[str, typer.Argument(metavar="triton", help="the server: triton")],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="what to make of it: triton")],
     folders: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="output folder of a build, or of several GPUs' builds")
+        list[Path], typer.Argument(metavar="DIR", help="output folder of a build, or of several GPUs' builds")
     ],
     output: Annotated[Path | None, typer.Option(help="the model repository; DIR/triton")] = None,
     name: Annotated[str | None, typer.Option(help="of the model; the profile's")] = None,
     runtime: Annotated[str | None, typer.Option(help="onnxruntime or tensorrt; the one that was validated")] = None,
     queue_delay_us: Annotated[
         int, typer.Option(min=0, help="microseconds that a request may wait for others to share its batch")
-    ] = 1000,
+    ] = 0,
 ) -> Answer:
     """Put a built model into a model repository of the Triton server. With its labels, warm-up and preprocessing."""
     from .verbs import package as verb

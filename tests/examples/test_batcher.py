@@ -21,7 +21,7 @@ def answers(batching, run, requests, **options):
     """What each of ``requests``, all made at once, gets from ``run``; an exception where it raised one."""
 
     async def all_of_them():
-        batcher = batching.Batcher(run, **{"most": 4, "places": 100, "delay_s": 0.0} | options)
+        batcher = batching.Batcher(run, **{"most": 4, "places": 100} | options)
         work = asyncio.create_task(batcher.work())
         found = await asyncio.gather(*(batcher.outputs(inputs) for inputs in requests), return_exceptions=True)
         work.cancel()
@@ -65,7 +65,7 @@ def test_requests_that_come_while_the_engine_is_busy_share_the_next_batch(batchi
         return inputs
 
     async def one_then_three():
-        batcher = batching.Batcher(run, most=4, places=9, delay_s=0.0)
+        batcher = batching.Batcher(run, most=4, places=9)
         work = asyncio.create_task(batcher.work())
         first = asyncio.create_task(batcher.outputs(np.zeros((1, 1))))
         await asyncio.to_thread(busy.wait, 10)
@@ -92,7 +92,7 @@ def test_a_batch_that_fails_is_told_to_its_callers_and_the_next_one_runs(batchin
 
 def test_a_caller_that_gave_up_does_no_harm(batching):
     async def impatient():
-        batcher = batching.Batcher(lambda inputs: inputs, most=4, places=9, delay_s=0.01)
+        batcher = batching.Batcher(lambda inputs: inputs, most=4, places=9)
         work = asyncio.create_task(batcher.work())
         gone = asyncio.create_task(batcher.outputs(np.zeros((1, 1))))
         stays = asyncio.create_task(batcher.outputs(np.ones((1, 1))))
@@ -106,7 +106,7 @@ def test_a_caller_that_gave_up_does_no_harm(batching):
 
 
 def test_there_are_so_many_places_and_each_is_free_again_afterwards(batching):
-    batcher = batching.Batcher(lambda inputs: inputs, most=4, places=2, delay_s=0.0)
+    batcher = batching.Batcher(lambda inputs: inputs, most=4, places=2)
     with batcher.place(), batcher.place():
         assert batcher.taken == 2
         with pytest.raises(batching.Busy), batcher.place():

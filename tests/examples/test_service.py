@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import io
 import json
@@ -9,9 +10,9 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -233,10 +234,11 @@ def test_wrong_requests_are_answered_with_400_and_a_sentence(server, asked, bina
         (b"[" * 100_000, {}, 400, "the request is wrong at its start: Invalid JSON"),
         (b"{}", {"Inference-Header-Content-Length": "99"}, 400, "a number of bytes up to the body's 2, got '99'"),
         (b"{}", {"Inference-Header-Content-Length": "-1"}, 400, "a number of bytes up to the body's 2, got '-1'"),
+        (b"{}", {"Inference-Header-Content-Length": "9" * 5000}, 400, "a number of bytes up to the body's 2, got '99"),
         (b"{}", {"Content-Encoding": "gzip"}, 415, "compressed requests are not taken"),
         (b" " * (16 * MB + 1), {}, 413, f"a request may have {16 * MB} bytes, this one has {16 * MB + 1}; split it"),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_bodies_that_are_no_request_are_answered_with_a_sentence(server, body, headers, status, says):
     got, _, answer = server.ask("POST", f"/v2/models/{NAME}/infer", body, headers)
@@ -274,21 +276,43 @@ def test_after_all_that_it_still_answers_and_its_log_holds_no_failure(server, mo
 # ---- limits, memory, the end ----------------------------------------------------------------------------------------
 
 
-def test_more_requests_than_there_are_places_are_told_to_come_again(folder, model):
-    with serving(folder, "--name", NAME, "--places", "2", "--delay-ms", "30") as server:
+@contextmanager
+def half_sent(server):
+    """A function that begins a request, which has a place from then on, and one that ends it and gives its status."""
+    body, opened = json.dumps(request()).encode(), []
 
-        def work(number: int) -> int:
-            inputs = images(number)
-            status, answer = server.infer(request(data=inputs.ravel().tolist()), NAME)
-            if status == 200:
-                close(np.array(answer["outputs"][0]["data"]), model.predict(inputs).logits[0])
-            else:
-                assert "all 2 places are taken" in answer["error"]
-            return status
+    def begin() -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=ENDS_S)
+        opened.append(connection)
+        connection.putrequest("POST", f"/v2/models/{NAME}/infer")
+        connection.putheader("Content-Length", str(len(body)))
+        connection.endheaders(body[:100])
+        while server.metrics()["vitprune_requests_inside"] < len(opened):
+            time.sleep(0.01)
+        return connection
 
-        with ThreadPoolExecutor(16) as pool:
-            statuses = list(pool.map(work, range(48)))
-        assert set(statuses) == {200, 503}
+    def end(connection: http.client.HTTPConnection) -> int:
+        connection.send(body[100:])
+        answer = connection.getresponse()
+        assert len(json.loads(answer.read())["outputs"][0]["data"]) == 10
+        return answer.status
+
+    try:
+        yield begin, end
+    finally:
+        for connection in opened:
+            connection.close()
+
+
+def test_more_requests_than_there_are_places_are_told_to_come_again(folder):
+    with serving(folder, "--name", NAME, "--places", "2") as server, half_sent(server) as (begin, end):
+        first, second = begin(), begin()
+        status, answer = server.infer(request(), NAME)
+        assert (status, answer["error"]) == (503, "all 2 places are taken; try again in a moment")
+        assert server.ask("GET", "/v2/health/ready")[0] == 200
+        assert end(first) == 200
+        assert server.infer(request(), NAME)[0] == 200
+        assert end(second) == 200
         assert server.metrics()["vitprune_requests_inside"] == 0
 
 
@@ -308,17 +332,16 @@ def test_memory_stays_flat(server):
     assert resident_mb(800) - before < 5
 
 
-def test_a_request_that_is_in_the_service_when_it_is_told_to_end_is_answered(folder, model):
-    with serving(folder, "--name", NAME, "--delay-ms", "800") as server:
-        found = []
-        asking = threading.Thread(target=lambda: found.append(server.infer(request(), NAME)))
-        asking.start()
-        while server.metrics()["vitprune_requests_inside"] == 0:
-            time.sleep(0.01)
+def test_a_request_that_is_in_the_service_when_it_is_told_to_end_is_answered(folder):
+    with serving(folder, "--name", NAME) as server, half_sent(server) as (begin, end):
+        connection = begin()
         server.process.send_signal(signal.SIGTERM)
-        asking.join(ENDS_S)
+        while "Shutting down" not in server.log.read_text():
+            time.sleep(0.01)
+        with pytest.raises(ConnectionRefusedError):
+            server.ask("GET", "/v2/health/ready")
+        assert end(connection) == 200
         assert server.process.wait(ENDS_S) in (0, -signal.SIGTERM)  # as uvicorn passes the signal on, or not
-        assert found[0][0] == 200
         assert "Traceback" not in server.log.read_text()
 
 

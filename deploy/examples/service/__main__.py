@@ -31,7 +31,6 @@ def main() -> None:
     parser.add_argument("--name", help="of the model in the service's paths  [that of the folder]")
     parser.add_argument("--runtime", help="which engine of the folder  [the one that was validated]")
     parser.add_argument("--threads", type=int, help="of the processor, for one batch  [all]")
-    parser.add_argument("--delay-ms", type=float, default=1.0, help="a batch waits for more  [%(default)s]")
     parser.add_argument("--places", type=int, default=Limits.places, help="requests at once  [%(default)s]")
     parser.add_argument("--images", type=int, default=Limits.images, help="in a request  [%(default)s]")
     parser.add_argument("--body-mb", type=int, default=Limits.body_bytes >> 20, help="of a request  [%(default)s]")
@@ -41,7 +40,7 @@ def main() -> None:
     except VitpruneError as error:
         sys.exit(f"error: {error}")
     limits = Limits(images=given.images, body_bytes=given.body_mb << 20, places=given.places)
-    service = Service(model, given.name or given.folder.resolve().name, limits, delay_s=given.delay_ms / 1000)
+    service = Service(model, given.name or given.folder.resolve().name, limits)
     uvicorn.run(service.app(), host=given.host, port=given.port, access_log=False, timeout_graceful_shutdown=END_S)
 
 

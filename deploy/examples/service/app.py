@@ -33,20 +33,19 @@ class Service:
 
     Args:
         name: of the model in the service's paths.
-        delay_s: how long a batch that is not full waits for more requests, in seconds.
     """
 
-    def __init__(self, model: Model, name: str, limits: Limits, delay_s: float) -> None:
+    def __init__(self, model: Model, name: str, limits: Limits) -> None:
         self.model, self.name, self.limits = model, name, limits
-        self.batcher = Batcher(self._run, most=model.max_batch, places=limits.places, delay_s=delay_s)
+        self.batcher = Batcher(self._run, most=model.max_batch, places=limits.places)
         self.metrics = Metrics(lambda: self.batcher.taken)
         self._working: asyncio.Task[None] | None = None
 
     def app(self) -> FastAPI:
         """The application that a server such as uvicorn runs."""
         app = FastAPI(title="vitprune", lifespan=self._lifespan, openapi_url=None)
-        app.add_exception_handler(Refused, _refused)
-        app.add_exception_handler(HTTPException, _no_such_path)
+        app.exception_handler(Refused)(_refused)
+        app.exception_handler(HTTPException)(_no_such_path)
         app.add_api_route("/metrics", self.metrics.page)
         app.add_api_route("/v2", self.about)
         app.add_api_route("/v2/health/live", self.live)

@@ -1,4 +1,8 @@
-"""Dynamic batching: requests that arrive while the engine is busy go through it together."""
+"""Dynamic batching: requests that arrive while the engine is busy go through it together.
+
+Nobody waits for others while the engine is idle: on two x86 cores, waiting a millisecond doubled the latency of a lone
+client and brought eight or sixty-four of them no more throughput.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +32,10 @@ class Batcher:
         run: from inputs [B, ...] to outputs [B, ...]; called in one thread, one call at a time.
         most: images in a batch; inputs of more than that go on their own.
         places: callers that may be here at once.
-        delay_s: how long a batch that is not full waits for more, in seconds.
     """
 
-    def __init__(self, run: Callable[[np.ndarray], np.ndarray], *, most: int, places: int, delay_s: float) -> None:
-        self._run, self._most, self._places, self._delay_s = run, most, places, delay_s
+    def __init__(self, run: Callable[[np.ndarray], np.ndarray], *, most: int, places: int) -> None:
+        self._run, self._most, self._places = run, most, places
         self._queue: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "engine")  # of its own: it never waits for images to be decoded
@@ -60,8 +63,6 @@ class Batcher:
         """Serve for ever; a task that whoever made the batcher starts and cancels."""
         while True:
             await self._arrived.wait()
-            if sum(len(waiting.inputs) for waiting in self._queue) < self._most:
-                await asyncio.sleep(self._delay_s)
             await self._answer(self._next())
             if not self._queue:
                 self._arrived.clear()

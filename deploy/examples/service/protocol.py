@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -70,7 +71,7 @@ def read(body: bytes, header: str | None) -> tuple[Request, memoryview]:
     Raises:
         Refused: it is no such request.
     """
-    if header is not None and not (header.isascii() and header.isdigit() and int(header) <= len(body)):
+    if header is not None and not (re.fullmatch("[0-9]{1,15}", header) and int(header) <= len(body)):
         raise Refused(400, f"{HEADER} must be a number of bytes up to the body's {len(body)}, got {header!r}")
     end = len(body) if header is None else int(header)
     try:
@@ -136,7 +137,7 @@ def answer(
     if wanted.classification is not None:
         values = [_ranked(row, wanted.classification, classes) for row in outputs]
     shape = [len(values), len(values[0])]
-    described = {"name": name, "datatype": "FP32" if values is outputs else "BYTES", "shape": shape}
+    described: dict[str, Any] = {"name": name, "datatype": "FP32" if values is outputs else "BYTES", "shape": shape}
     whole = {"model_name": model, "model_version": version, "outputs": [described]}
     whole |= {} if request.id is None else {"id": request.id}
     if not binary:
