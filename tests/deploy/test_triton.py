@@ -268,10 +268,11 @@ def test_no_batch_is_larger_than_the_profile_takes(tmp_path, parse):
 
 
 def test_plans_for_several_gpus_make_one_model(tmp_path, parse):
-    folders = [planned(tmp_path / one, one) for one in ("8.6", "8.9")]
+    folders = [planned(tmp_path / one, one, max_batch=most) for one, most in (("8.6", 8), ("8.9", 4))]
     written_ = packaged(folders, tmp_path / "models")
     config = parse(written_.folder)
     assert dict(config.cc_model_filenames) == {"8.6": "model_sm86.plan", "8.9": "model_sm89.plan"}
+    assert config.max_batch_size == 4  # what all of them take
     for capability, name in config.cc_model_filenames.items():
         assert (written_.folder / "1" / name).read_bytes() == f"plan for {capability}".encode()
     assert "1/model.plan" not in names_in(written_.folder)  # another GPU must not fall back on a plan that is not its
@@ -458,7 +459,7 @@ def test_the_command_says_why_no_batches_are_formed(tmp_path, capsys, batch, ser
 def test_texts_come_back_as_they_were(schema):
     from google.protobuf import text_format
 
-    texts = {'a "quote"': 'back\\slash, "quotes"\nand a line', "unicode": "Blüte 花", "empty": ""}
+    texts = {'a "quote"': 'C:\\new, "quotes"\nand a line', "unicode": "Blüte 花", "empty": ""}
     parameters = entries({key: {"string_value": text} for key, text in texts.items()})
     config = text_format.Parse(to_text({"name": "x", "parameters": parameters}), schema.ModelConfig())
     assert {key: value.string_value for key, value in config.parameters.items()} == texts
