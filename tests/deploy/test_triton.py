@@ -19,7 +19,7 @@ from vitprune.errors import DamagedFile, InputError, MissingError
 from vitprune_deploy import cli, runtime
 from vitprune_deploy.artifact import sha256_file, verify
 from vitprune_deploy.backends.onnxruntime import OnnxRuntime
-from vitprune_deploy.backends.tensorrt import EngineOptions, Shapes, build_engine
+from vitprune_deploy.backends.tensorrt import EngineOptions, Shapes, build_engine, sidecar_path
 from vitprune_deploy.data import Preprocess
 from vitprune_deploy.export.onnx import export_onnx
 from vitprune_deploy.triton import write_repository
@@ -61,8 +61,8 @@ def planned(folder, capability="8.9", batches=((1, 4, 8),), manifest=None, sizes
         "profiles": [{"images": [[size, *IMAGE] for size in profile]} for profile in batches],
         "compute_capabilities": [capability],
     }
-    (plan.parent / f"{plan.name}.json").write_text(json.dumps(sidecar))
-    files = [f"engine/{plan.name}", f"engine/{plan.name}.json"]
+    sidecar_path(plan).write_text(json.dumps(sidecar))
+    files = [f"engine/{plan.name}", f"engine/{sidecar_path(plan).name}"]
     served = {"runtime": "tensorrt", "precision": "fp16", "min_batch": 1, "max_batch": 8}
     return described(folder, files, manifest, **served | engine)
 
@@ -306,7 +306,7 @@ def test_what_a_real_sidecar_says_is_understood(tmp_path, parse):
     shapes = {"images": Shapes((1, *IMAGE), (4, *IMAGE), (8, *IMAGE))}
     plan = tmp_path / "engine" / "model.plan"
     build_engine(tmp_path / "small.onnx", plan, EngineOptions(profiles=(shapes,), module="tensorrt_rtx"))
-    files = ["engine/model.plan", "engine/model.plan.json"]
+    files = [f"engine/{path.name}" for path in (plan, sidecar_path(plan))]
     config = parse(packaged(described(tmp_path, files, runtime="tensorrt"), tmp_path / "models").folder)
     assert config.max_batch_size == 8
     assert [list(one.dims) for one in (*config.input, *config.output)] == [list(IMAGE), [10]]
@@ -339,12 +339,13 @@ def test_of_several_engines_the_one_that_was_run_is_served_unless_another_is_nam
 # ---- the files ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["model.tensorrt.fp16.plan", "model.tensorrt.fp16.plan.json"])
-def test_a_folder_that_was_tampered_with_is_refused(tmp_path, name):
+@pytest.mark.parametrize("which", [lambda plan: plan, sidecar_path], ids=["plan", "sidecar"])
+def test_a_folder_that_was_tampered_with_is_refused(tmp_path, which):
     folder = planned(tmp_path / "built")
-    with (folder / "engine" / name).open("ab") as file:
+    changed = which(folder / "engine" / "model.tensorrt.fp16.plan")
+    with changed.open("ab") as file:
         file.write(b" ")
-    with pytest.raises(DamagedFile, match=f"{name} is cut off or changed since it was built"):
+    with pytest.raises(DamagedFile, match=f"{changed.name} is cut off or changed since it was built"):
         packaged(folder, tmp_path / "models")
     assert not (tmp_path / "models").exists()
 

@@ -66,8 +66,10 @@ def open_engine(folder: Path, runtime: str | None) -> Engine:
     extra = entry.model_extra or {}
     name = extra.get("file", "model.onnx")
     file = manifest.file(folder, name)
-    beside = [manifest.file(folder, other) for other in manifest.files if other.startswith(f"{name}.")]
-    weights = [path for path in beside if path.name.startswith(f"{file.name}.data")]  # the rest is the plan's sidecar
+    sidecar = f"{name.removesuffix('.plan')}.json"
+    beside = [n for n in manifest.files if n.startswith(f"{name}.") or n == sidecar]
+    checked = [manifest.file(folder, other) for other in beside]
+    weights = [path for path in checked if path.name.startswith(f"{file.name}.data")]
     facts = _of_onnx(file, extra) if entry.runtime == "onnxruntime" else _of_plan(file, extra)
     return Engine(
         folder=folder,
