@@ -361,6 +361,29 @@ def visualize(
     return verb.visualize(folder, images, output)
 
 
+@_verb(
+    "  vitprune-deploy package triton out/quickstart --output models\n"
+    "  vitprune-deploy package triton out/rtx4090 out/l4 --output models --name flowers"
+)
+def package(
+    show: console.Console,
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="what to make of it: triton")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR", help="output folder of a build, or of several GPUs' builds")
+    ],
+    output: Annotated[Path | None, typer.Option(help="the model repository; DIR/triton")] = None,
+    name: Annotated[str | None, typer.Option(help="of the model; the profile's")] = None,
+    runtime: Annotated[str | None, typer.Option(help="onnxruntime or tensorrt; the one that was validated")] = None,
+    queue_delay_us: Annotated[
+        int, typer.Option(min=0, help="microseconds that a request may wait for others to share its batch")
+    ] = 0,
+) -> Answer:
+    """Put a built model into a model repository of the Triton server. With its labels, warm-up and preprocessing."""
+    from .verbs import package as verb
+
+    return verb.package(kind, folders, output, name=name, runtime=runtime, queue_delay_us=queue_delay_us)
+
+
 @_verb("  vitprune-deploy doctor")
 def doctor(show: console.Console) -> Answer:
     """Show what this machine can run and build, or lacks."""

@@ -23,7 +23,7 @@ from vitprune_deploy.verbs.building import budget_overrides, parse_budget
 
 ROOT = Path(__file__).parent.parent.parent
 VERBS = ["build", "init", "check", "measure", "search", "export", "refit", "validate", "bench", "inspect", "visualize",
-         "doctor", "schema", "profiles"]  # fmt: skip
+         "package", "doctor", "schema", "profiles"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +95,8 @@ def test_version(capsys):
             ["refit", "a.plan", "m.onnx", "--output", "a.plan"],
             "--output a.plan is the engine itself; give another name",
         ),
+        (["package", "triton", "nothing"], "nothing: there is no such folder"),
+        (["package", "tritton", "nothing"], "package makes triton, got 'tritton'"),
     ],
 )
 def test_wrong_input_is_told_in_a_sentence_on_stderr_with_exit_code_2(arguments, said, capsys):

@@ -2,48 +2,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 import threading
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from outputs import CLASSES, PREPROCESS, exported, written
 from PIL import Image
 
 from vitprune.errors import DamagedFile, InputError
 from vitprune_deploy import runtime
-from vitprune_deploy.artifact import Manifest, hash_files
 from vitprune_deploy.backends.onnxruntime import OnnxRuntime
-from vitprune_deploy.data import Preprocess
-from vitprune_deploy.export.onnx import export_onnx
-
-PREPROCESS = Preprocess((3, 28, 28), crop_pct=1.0)
-CLASSES = [f"class {i}" for i in range(10)]
-SOME = {"params": 1, "macs": 1, "top1": None, "latency_ms": {"p50": 1.0, "samples": 100}}
-
-
-@cache
-def exported(batch) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        export_onnx(tiny.tiny_vit(), path, batch=batch)
-        return path.read_bytes()
-
-
-def written(folder: Path, batch=(1, 8), **engine) -> Path:
-    """An output folder as a build leaves it, as far as a service reads it."""
-    (folder / "model.onnx").write_bytes(exported(batch))
-    entry = {"runtime": "onnxruntime", "precision": "fp32", "status": "run", "file": "model.onnx"} | engine
-    Manifest(
-        schema=1, verdict="pass", reasons=(), device={}, versions={}, dense=SOME, pruned=SOME,
-        budget={"latency_ms": 1.0, "percentile": 50, "batch": 1, "image_size": (28, 28)},
-        parity={"max_abs": 0.0, "top1_agreement": 100.0}, engines=(entry,),
-        files=hash_files(folder, ["model.onnx"]), preprocess=PREPROCESS.to_dict(), classes=CLASSES,
-    ).write(folder)  # fmt: skip
-    return folder
 
 
 @pytest.fixture(scope="module")
