@@ -68,7 +68,7 @@ def _on_cpu(engine: Engine, provider: str) -> dict[str, Any]:
     if options:
         raise InputError(
             f"{engine.folder} was built with options for {provider} ({', '.join(options)}), and Triton passes it none; "
-            "build without runtime.options"
+            "build for cpu without runtime.options"
         )
     return {"cpu_execution_accelerator": [{"name": "openvino"}]} if provider == "openvino" else {}
 
