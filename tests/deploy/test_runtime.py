@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -149,6 +150,20 @@ def test_an_engine_that_is_not_there_is_told_with_those_that_are(tmp_path):
     runtime.load(folder, runtime="onnxruntime").close()
     with pytest.raises(InputError, match="no engine for 'tensorrt'"):
         runtime.load(folder, runtime="tensorrt")
+
+
+@pytest.mark.parametrize("sidecar", ["model.sm89.trt11.4.fp16.b1.json", "model.sm89.trt11.4.fp16.b1.plan.json"])
+def test_an_engine_whose_sidecar_was_changed_is_refused_before_it_is_loaded(sidecar, tmp_path):
+    (tmp_path / "engine").mkdir()
+    names = ["engine/model.sm89.trt11.4.fp16.b1.plan", f"engine/{sidecar}"]
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    folder = written(tmp_path, runtime="tensorrt", precision="fp16", file=names[0])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"files": hash_files(folder, names)}))
+    (tmp_path / names[1]).write_text('{"sha256": "of something else"}')
+    with pytest.raises(DamagedFile, match=rf"{sidecar} is cut off or changed since it was built"):
+        runtime.load(folder)
 
 
 def test_a_manifest_without_preprocessing_is_damaged(tmp_path):

@@ -130,7 +130,7 @@ def _counted(
     """The census of a plan, which is refused if it is not in the precision asked for, and what proves that it is."""
     engine = None if here is None else census.of_engine(trt, log, plan, request)
     proof = "network"
-    if engine is not None and engine["tensors"]:
+    if engine is not None and census.tells(engine):
         census.check_engine(engine, network, request["format"])
         proof = "inspector"
     # with several profiles a plan may hold weights several times

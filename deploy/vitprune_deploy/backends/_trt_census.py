@@ -112,10 +112,15 @@ def check_network(found: Mapping[str, Mapping[str, int]], wanted: str | None, ty
         )
 
 
+def tells(found: Mapping[str, Any]) -> bool:
+    """Whether an inspection names the formats of enough layers to judge by; some layers, such as waits, have none."""
+    return bool(found["tensors"]) and found["unknown"] <= found["layers"] / 2
+
+
 def check_engine(found: Mapping[str, Any], network: Mapping[str, Mapping[str, int]], wanted: str | None) -> None:
     """Refuse an engine whose layers give far fewer tensors in the format ``wanted`` than the network asked for."""
     asked, built = network["tensors"], found["tensors"]
-    if wanted is None or not sum(built.values()):
+    if wanted is None:
         return
     has, due = _share(built, wanted), _share(asked, wanted)
     if has < due / 2 or has == 0:

@@ -223,7 +223,7 @@ class _Narrowing:
         self._wide: dict[str, bool] = {}  # module -> whether what it gives stays in fp32
 
     def apply(self) -> None:
-        """Do all of it."""
+        """Narrow the weights, and place the Casts; these are hooks, which an export records like any operation."""
         for island in self._islands:
             getattr(self, f"_{island.kind}")(island)
         for name, module in self._model.named_modules():
@@ -268,9 +268,6 @@ class _Narrowing:
         self._wide.setdefault("norm", False)
 
 
-Hook = Callable[[nn.Module, Any, Any], Any]
-
-
 def _as_weights(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """The inputs in the number format of the module's weights."""
     dtype = next(module.parameters()).dtype
@@ -283,7 +280,7 @@ def _as_queries(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return (q, k, v, _to(bias, q.dtype), *more)
 
 
-def _giving(dtype: torch.dtype) -> Hook:
+def _giving(dtype: torch.dtype) -> Callable[[nn.Module, Any, Any], Any]:
     """A hook after which the output is of ``dtype``."""
     return lambda module, inputs, output: _to(output, dtype)
 
