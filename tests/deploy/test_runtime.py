@@ -15,6 +15,7 @@ from PIL import Image
 
 from vitprune.errors import DamagedFile, InputError
 from vitprune_deploy import runtime
+from vitprune_deploy.artifact import hash_files
 from vitprune_deploy.backends.onnxruntime import OnnxRuntime
 
 

@@ -1,4 +1,4 @@
-"""TensorRT for real: engines run and agree with torch, the inspector proves their precision, profiles switch, refitting."""
+"""TensorRT for real: engines agree with torch, the inspector proves their precision, profiles switch, refits work."""
 
 from __future__ import annotations
 
