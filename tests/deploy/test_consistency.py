@@ -227,6 +227,17 @@ def test_an_image_of_one_colour_that_gets_nan_is_found(tmp_path):
     assert only(found, "finite").reason().startswith("check 'finite' at batch 1: ")
 
 
+def test_any_of_the_images_that_gets_nan_is_found_where_one_is_served_at_a_time(tmp_path):
+    nodes = [node("ReduceMax", "x axes", "most", keepdims=1), node("Greater", "most limit", "is"),
+             node("Where", "is nan y", "logits")]  # fmt: skip
+    constants = {"axes": np.array([1], np.int64), "limit": np.float32(90), "nan": np.float32(np.nan)}
+    pictures = few()
+    pictures[5, 0, 1, 1] = 99
+    found = looked_at(graph(tmp_path / "m.onnx", nodes, constants), Served(1, 1, 1, ((4, 4),)), pictures=pictures)
+    assert failed(found) == {"finite"}
+    assert [case.wrong for case in only(found, "finite").cases] == [1, 0, 1]  # each alone; the first; of one colour
+
+
 def test_a_fusion_that_computes_something_else_is_found(tmp_path, monkeypatch):
     """ONNX Runtime's own approximation of GELU, which it applies where it is asked to while it optimises."""
     constants = {"root": np.float32(2**0.5), "one": np.float32(1), "half": np.float32(0.5)}
@@ -460,7 +471,7 @@ def test_image_sizes_that_are_free_are_checked_at_both_ends(tmp_path):
     onnx.save(helper.make_model(made, opset_imports=opset, ir_version=9), tmp_path / "m.onnx")
     found = looked_at(tmp_path / "m.onnx", Served(1, 2, 4, ((4, 4), (2, 3), (8, 9))))
     shapes = {case.shape for case in only(found, "finite").cases}
-    assert shapes == {*(Shape(batch, (4, 4)) for batch in (1, 2, 3, 4)), Shape(1, (2, 3)), Shape(4, (8, 9))}
+    assert shapes == {*(Shape(n, (4, 4)) for n in (1, 2, 3, 4)), *(Shape(n, (8, 9)) for n in (1, 4)), Shape(1, (2, 3))}
     assert "alone" in failed(found)
     assert [case.shape for case in only(found, "alone").cases if case.wrong] == [Shape(4, (8, 9))]
     assert only(found, "alone").reason().startswith("check 'alone' at batch 4 of 8 x 9 pixels: ")

@@ -156,6 +156,8 @@ def _ask_alone(answers: Answers, record: _Record, shape: Shape) -> None:
     batches = np.repeat(record.images[shape.size][:, None], shape.batch, axis=1)
     found = record.ask("finite", shape, answers, batches)
     record.alone[shape.size] = None if found is None else found[:: shape.batch]
+    if found is not None:
+        record.finite(shape, found)
 
 
 def _check_shape(answers: Answers, record: _Record, shape: Shape) -> None:
