@@ -21,6 +21,7 @@ from vitprune.errors import MissingError, NotSupported
 from vitprune_deploy.backends import onnxruntime as backend
 from vitprune_deploy.backends.base import Backend
 from vitprune_deploy.backends.onnxruntime import OnnxRuntime
+from vitprune_deploy.export.int8 import quantize_dynamic
 from vitprune_deploy.export.onnx import export_onnx
 from vitprune_deploy.profile import load_profile
 from vitprune_deploy.validate import FEW, Figures, Limits, Served, arithmetic, check_consistency, judge, subject
@@ -350,6 +351,8 @@ def test_a_check_that_cannot_be_made_says_why_and_does_not_fail(tmp_path):
         (("fp32", "onnxruntime", {"provider": "cuda", "provider_options": {"use_tf32": 0}}), "fp32"),
         (("fp32", "onnxruntime", {"provider": "openvino"}), "fp32"),
         (("bf16", "openvino", {"precision": "bf16"}), "bf16"),
+        (("int8", "onnxruntime", {"provider": "cpu"}), "dynamic int8"),
+        (("int8", "openvino", {"precision": "fp32"}), "int8"),
         (("fp32", "tensorrt", {"cuda": None}), "tf32"),
         (("fp16", "tensorrt-rtx", {}), "fp16"),
         (("fp16", "onnxruntime", {"provider": "cpu"}), "fp16"),
@@ -448,6 +451,16 @@ def test_an_exported_model_in_fp16_passes(tmp_path):
     found = looked_at(tmp_path / "m.onnx", OF_28, "fp16", images(8).numpy())
     assert found.reasons() == ()
     assert only(found, "alone").cases[0].limit >= LIMITS["fp16"].output
+
+
+def test_dynamic_int8_passes_but_for_the_scale_that_a_batch_shares(tmp_path):
+    export_onnx(tiny_vit(depth=1), tmp_path / "m.onnx", batch=(1, 8))
+    quantize_dynamic(tmp_path / "m.onnx", tmp_path / "int8.onnx")
+    found = looked_at(tmp_path / "int8.onnx", OF_28, "dynamic int8", images(8).numpy())
+    assert found.reasons() == ()
+    assert only(found, "poisoned rows").skipped.startswith("one scale serves a whole batch")
+    strict = looked_at(tmp_path / "int8.onnx", OF_28, "int8", images(8).numpy())
+    assert not only(strict, "poisoned rows").passed
 
 
 def test_image_sizes_that_are_free_are_checked_at_both_ends(tmp_path):

@@ -9,6 +9,7 @@ nncf: fixed scales where NNCF finds that OpenVINO gains by them.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,10 +132,11 @@ def _input_name(path: Path) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the advice that quantisers log for models of other kinds."""
+    """Without the bars that quantisers draw, and the advice that they log for models of other kinds."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.disable(before)

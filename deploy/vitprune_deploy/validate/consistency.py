@@ -35,6 +35,9 @@ CHECKS = {
 }
 
 
+DYNAMIC = "dynamic int8"  # of ONNX Runtime's CPU provider, see export.int8
+
+
 class Limit(NamedTuple):
     """How far two answers to one image may lie apart.
 
@@ -57,6 +60,7 @@ LIMITS = {
     "fp16": Limit(2e-2, 2e-2),
     "bf16": Limit(1e-1, 1e-1),
     "int8": Limit(2e-1, 2e-1),
+    DYNAMIC: Limit(2e-1, 2e-1),
 }
 
 
@@ -69,6 +73,8 @@ def arithmetic(precision: str, runtime: str, options: Mapping[str, Any]) -> str:
         options: as ``Backend.load`` takes them.
     """
     provider = "tensorrt" if runtime.startswith("tensorrt") else str(options.get("provider", "cpu")).lower()
+    if precision == "int8" and runtime == "onnxruntime" and provider.startswith("cpu"):
+        return DYNAMIC
     if precision != "fp32" or provider.startswith(("cpu", "openvino")):  # OpenVINO is told what to compute in
         return precision
     return "fp32" if str(options.get("provider_options", {}).get("use_tf32")) in ("0", "False") else "tf32"

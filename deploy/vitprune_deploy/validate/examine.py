@@ -15,7 +15,7 @@ import numpy as np
 from vitprune.errors import VitpruneError
 
 from ..backends.base import Backend
-from .consistency import BEYOND, CHECKS, LIMITS, Case, Check, Consistency, Limit, Served, Shape
+from .consistency import BEYOND, CHECKS, DYNAMIC, LIMITS, Case, Check, Consistency, Limit, Served, Shape
 
 FEW = 8  # images that the rows of all batches are taken from
 MOST_TEXT = 300  # characters of what a runtime says in place of an answer
@@ -54,7 +54,8 @@ def check_consistency(subject: Subject, images: np.ndarray, served: Served, comp
         MissingError: the engine does not load; or answers differ, and what it takes to tell a tie from a fault is not
             installed.
     """
-    record = _Record(LIMITS[computes], subject.moves, {size: _fitted(images, size) for size in served.sizes})
+    fitted = {size: _fitted(images, size) for size in served.sizes}
+    record = _Record(LIMITS[computes], subject.moves, fitted, shares_scales=computes == DYNAMIC)
     usual = Shape(served.usual, served.sizes[0])
     which = np.arange(usual.batch * math.ceil(len(images) / usual.batch)) % len(images)
     batches = record.images[usual.size][which.reshape(-1, usual.batch)]
@@ -84,6 +85,7 @@ class _Record:
     Attributes:
         images: [M, C, H, W] by height and width.
         alone: the answer to each of these with nothing beside it but copies, [M, outputs]; None: it got none.
+        shares_scales: the engine finds scales from whole batches, by design.
     """
 
     def __init__(
@@ -91,8 +93,9 @@ class _Record:
         limit: Limit,
         moves: Callable[[np.ndarray, float], np.ndarray],
         images: Mapping[tuple[int, int], np.ndarray],
+        shares_scales: bool,
     ) -> None:
-        self.images = images
+        self.images, self.shares_scales = images, shares_scales
         self.alone: dict[tuple[int, int], np.ndarray | None] = {}
         self._limit, self._moves = limit, moves
         self._moved: dict[tuple[int, int], np.ndarray] = {}
@@ -173,6 +176,9 @@ def _check_shape(answers: Answers, record: _Record, shape: Shape) -> None:
     turned = record.ask("permuted rows", shape, answers, pool[which[::-1]][None])
     record.compare("permuted rows", shape, turned, mixed[::-1], which[::-1])
 
+    if record.shares_scales:
+        record.skip("poisoned rows", "one scale serves a whole batch in dynamic int8, so NaN in an image reaches all")
+        return
     rows, clean = pool[which], np.arange(1, shape.batch - (shape.batch > 2))
     rows[0] = np.nan
     if shape.batch > 2:
