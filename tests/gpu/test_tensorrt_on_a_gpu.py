@@ -1,4 +1,4 @@
-"""TensorRT for real: engines agree with torch, the inspector proves their precision, profiles switch, refits work."""
+"""TensorRT for real: engines answer as torch does, in every profile; the inspector proves precision; refitting."""
 
 from __future__ import annotations
 

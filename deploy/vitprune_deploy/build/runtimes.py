@@ -111,7 +111,6 @@ def engine_options(profile: Profile, config: VitConfig, runtime: str, precision:
         profiles=tuple({"images": images} for images in shapes),
         precision=precision,
         compute_capabilities=capabilities,
-        refit=profile.runtime.refit,
         **_common_options(profile, runtime),
     )
 
@@ -144,6 +143,7 @@ def _common_options(profile: Profile, runtime: str) -> dict[str, Any]:
         "module": module(runtime),
         "hardware_compatibility": profile.runtime.hardware_compatibility if classic else "none",
         "version_compatible": profile.runtime.version_compatible and classic,
+        "refit": profile.runtime.refit,
         "workspace_mb": _workspace_mb(profile),
         "timing_cache": folder / "timings" if folder else None,
         "timeout_s": profile.runtime.build_timeout_s,

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from vitprune.errors import InputError
 
+from ..profile.checks import BF16_OPSET
 from .islands import Island, narrow_around
 
 Precision = Literal["fp32", "fp16", "bf16"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ATTENTION_OPSET = 23  # its first
-BF16_OPSET = 22  # the first in which a convolution may be in bf16
 
 
 class Inside(nn.Module):
