@@ -20,6 +20,8 @@ from vitprune_deploy.build.bench import save_vit
 from vitprune_deploy.data import Preprocess
 from vitprune_deploy.export.onnx import export_onnx
 from vitprune_deploy.profile import commented_yaml, load_profile
+from vitprune_deploy.runtime import load
+from vitprune_deploy.validate import write_golden
 
 PREPROCESS = Preprocess((3, 28, 28), crop_pct=1.0)
 FIGURES = {"params": 1, "macs": 1, "top1": 50.0, "latency_ms": {"p50": 1.0, "samples": 100}}
@@ -104,6 +106,21 @@ def test_validate_without_the_dense_engine_cannot_say_how_far_they_agree(built, 
     out = capsys.readouterr().out
     assert "agreement with the dense model was not measured" in out
     assert "dense p50" not in out
+
+
+def test_validate_fails_where_the_golden_image_gives_other_logits(built, tmp_path, capsys):
+    folder = copied(built, tmp_path)
+    with load(folder) as model:
+        write_golden(folder, model, Image.new("RGB", (40, 30), "orange"), "fp32")
+    golden = json.loads((folder / "golden.json").read_text())
+    golden["logits"][0] += 1
+    (folder / "golden.json").write_text(json.dumps(golden))
+    write_manifest(folder, files=[*FILES, "golden.png", "golden.json"])
+    assert cli.main(["validate", str(folder), "--set", "accuracy.min_top1=50", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"] == "fail"
+    assert found["golden"]["max_abs"] == pytest.approx(1, abs=1e-4)
+    assert found["reasons"][0].startswith("the golden image's logits differ by up to 1 from what the build gave")
 
 
 def test_validate_judges_by_the_budget_in_milliseconds_of_the_build(built, tmp_path, capsys):

@@ -10,7 +10,7 @@ from vitprune_deploy.console import Console
 from vitprune_deploy.profile import load_profile
 from vitprune_deploy.runtime import load
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 
 def test_a_whole_build_for_the_gpu(profile_path, tmp_path):

@@ -12,7 +12,7 @@ from vitprune_deploy.console import Console
 from vitprune_deploy.profile import load_profile
 from vitprune_deploy.profile.loading import SHIPPED
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 
 def test_the_quickstart_is_half_the_work_and_loses_little(tmp_path):

@@ -6,7 +6,8 @@ mark_as_advanced(TensorRT_INCLUDE_DIR TensorRT_LIBRARY)
 
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(TensorRT REQUIRED_VARS TensorRT_LIBRARY TensorRT_INCLUDE_DIR
-  REASON_FAILURE_MESSAGE "TensorRT comes with JetPack, as NVIDIA's deb packages, or as an archive: set TensorRT_ROOT to its folder")
+  REASON_FAILURE_MESSAGE
+    "TensorRT comes with JetPack, as NVIDIA's deb packages, or as an archive: set TensorRT_ROOT to its folder")
 
 if(TensorRT_FOUND AND NOT TARGET TensorRT::TensorRT)
   add_library(TensorRT::TensorRT UNKNOWN IMPORTED)

@@ -2,8 +2,8 @@
 
 find_package(nlohmann_json 3.9 CONFIG QUIET)
 if(NOT nlohmann_json_FOUND)
-  message(FATAL_ERROR "vitprune reads JSON with nlohmann_json, which was not found: `apt install nlohmann-json3-dev` or "
-    "`vcpkg install nlohmann-json`, or set CMAKE_PREFIX_PATH to where it is")
+  message(FATAL_ERROR "vitprune reads JSON with nlohmann_json, which was not found: `apt install nlohmann-json3-dev` "
+    "or `vcpkg install nlohmann-json`, or set CMAKE_PREFIX_PATH to where it is")
 endif()
 
 set(VITPRUNE_BACKEND_SOURCES)
@@ -28,8 +28,8 @@ endif()
 if(VITPRUNE_OPENVINO)
   find_package(OpenVINO CONFIG QUIET COMPONENTS Runtime)
   if(NOT OpenVINO_FOUND)
-    message(FATAL_ERROR "OpenVINO was not found: `pip install openvino`, and set OpenVINO_DIR to the folder openvino/cmake "
-      "in it; -DVITPRUNE_OPENVINO=OFF leaves OpenVINO out")
+    message(FATAL_ERROR "OpenVINO was not found: `pip install openvino`, and set OpenVINO_DIR to the folder "
+      "openvino/cmake in it; -DVITPRUNE_OPENVINO=OFF leaves OpenVINO out")
   endif()
   list(APPEND VITPRUNE_BACKEND_SOURCES src/openvino.cpp)
   list(APPEND VITPRUNE_BACKEND_DEFINITIONS VITPRUNE_OPENVINO)

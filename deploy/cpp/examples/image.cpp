@@ -34,7 +34,8 @@ std::size_t number(const Bytes& bytes, std::size_t& at) {
       ++at;
   }
   std::size_t value = 0;
-  for (; at < bytes.size() && std::isdigit(bytes[at]) && value < 1'000'000; ++at) value = 10 * value + (bytes[at] - '0');
+  for (; at < bytes.size() && std::isdigit(bytes[at]) && value < 1'000'000; ++at)
+    value = 10 * value + (bytes[at] - '0');
   return value;
 }
 

@@ -1,6 +1,7 @@
 #include "manifest.hpp"
 
 #include <algorithm>
+#include <cctype>
 #include <cstdlib>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -52,10 +53,16 @@ std::string option_text(const Json& value) {
   return value.is_string() ? value.get<std::string>() : value.dump();
 }
 
+/// Our short name of a provider: cpu for CPUExecutionProvider, and likewise.
+std::string provider_name(std::string name) {
+  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char letter) { return std::tolower(letter); });
+  return name.substr(0, name.rfind("executionprovider"));
+}
+
 void read_options(const Json& options, Engine& engine, const fs::path& path) {
   for (const auto& [key, value] : options.items()) {
     if (key == "provider") {
-      engine.provider = value.get<std::string>();
+      engine.provider = provider_name(value.get<std::string>());
     } else if (key == "provider_options") {
       for (const auto& [name, option] : value.items()) engine.provider_options[name] = option_text(option);
     } else if (key == "precision") {
@@ -173,6 +180,19 @@ void Manifest::check_file(const std::string& name) const {
   if (!fs::is_regular_file(path)) throw DamagedFile(text(path, " is missing; ", REBUILD));
   if (sha256_file(path) != sum->second)
     throw DamagedFile(text(path, " is cut off or changed since it was built; ", REBUILD));
+}
+
+std::string built_by(const fs::path& plan) {
+  std::ifstream file(plan.string() + ".json");
+  const Json sidecar = Json::parse(file, nullptr, /*allow_exceptions=*/false);
+  if (!sidecar.is_object()) return "";
+  const auto said = [&](const char* key) {
+    const auto found = sidecar.find(key);
+    return found != sidecar.end() && found->is_string() ? found->get<std::string>() : std::string("unknown");
+  };
+  std::vector<std::string> gpus;
+  for (const auto& gpu : sidecar.value("compute_capabilities", Json::array())) gpus.push_back(option_text(gpu));
+  return text("; it was built by ", said("runtime"), " ", said("version"), " for compute capability ", joined(gpus));
 }
 
 }  // namespace vitprune

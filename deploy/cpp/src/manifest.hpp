@@ -19,7 +19,7 @@ struct Engine {
   std::string file;       ///< its name in the folder
   std::size_t max_batch = 0;  ///< 0: not known
   std::size_t min_batch = 1;
-  std::string provider = "cpu";                         ///< of ONNX Runtime
+  std::string provider = "cpu";                         ///< of ONNX Runtime: cpu, cuda, tensorrt, openvino, ...
   std::map<std::string, std::string> provider_options;  ///< passed on to it
   std::map<std::string, std::int64_t> sizes;            ///< of free dimensions, by name
   std::string computes;  ///< the precision that OpenVINO is told beside the file; empty: that of the file
@@ -61,5 +61,8 @@ class Manifest {
   Preprocess preprocess_;
   std::shared_ptr<const std::vector<std::string>> classes_;
 };
+
+/// By what and for which GPUs a TensorRT plan was built, as its sidecar says; nothing where there is none.
+std::string built_by(const std::filesystem::path& plan);
 
 }  // namespace vitprune

@@ -1,11 +1,15 @@
 // OpenVINO, on the folder's ONNX file or on an engine that the manifest says is for it.
 #include <openvino/openvino.hpp>
+#include <set>
 
 #include "backend.hpp"
 #include "text.hpp"
 
 namespace vitprune {
 namespace {
+
+/// Options of ONNX Runtime's provider that are no properties of OpenVINO; precision and threads are told otherwise.
+const std::set<std::string> OF_THE_PROVIDER{"device_type", "load_config", "num_of_threads"};
 
 bool by_openvino(const Engine& engine) { return engine.runtime == "openvino" || engine.provider == "openvino"; }
 
@@ -21,6 +25,8 @@ ov::AnyMap properties(const Engine& engine, int threads) {
   ov::AnyMap found{ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY),
                    ov::hint::inference_precision(computes(engine))};
   if (threads > 0) found.insert(ov::inference_num_threads(threads));
+  for (const auto& [key, value] : engine.provider_options)
+    if (engine.provider == "openvino" && !OF_THE_PROVIDER.count(key)) found[key] = value;
   return found;
 }
 

@@ -8,7 +8,6 @@
 #include <fstream>
 #include <iterator>
 #include <mutex>
-#include <nlohmann/json.hpp>
 #include <type_traits>
 
 #include "backend.hpp"
@@ -108,21 +107,6 @@ std::vector<char> read(const fs::path& path) {
   std::ifstream file(path, std::ios::binary);
   if (!file) throw InputError(text(path.string(), ": there is no such engine file"));
   return {std::istreambuf_iterator<char>(file), {}};
-}
-
-/// What the sidecar says of where the plan was built; empty where there is none.
-std::string built_by(const fs::path& plan) {
-  std::ifstream file(plan.string() + ".json");
-  const auto sidecar = nlohmann::json::parse(file, nullptr, /*allow_exceptions=*/false);
-  if (!sidecar.is_object()) return "";
-  std::vector<std::string> gpus;
-  for (const auto& gpu : sidecar.value("compute_capabilities", nlohmann::json::array()))
-    gpus.push_back(gpu.is_string() ? gpu.get<std::string>() : gpu.dump());
-  const auto said = [&](const char* key) {
-    const auto found = sidecar.find(key);
-    return found != sidecar.end() && found->is_string() ? found->get<std::string>() : std::string("unknown");
-  };
-  return text("; it was built by ", said("runtime"), " ", said("version"), " for compute capability ", joined(gpus));
 }
 
 class TensorRt : public Backend {
