@@ -12,14 +12,18 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from vitprune.errors import DamagedFile, InputError
 from vitprune.plan import Plan
+from vitprune.search import psvit
 from vitprune.search.frontier import from_rows
+from vitprune.surgery import reduce_tokens
 from vitprune_deploy.artifact import verify
-from vitprune_deploy.build import build, run
+from vitprune_deploy.build import build, run, screen
 from vitprune_deploy.build.make import slim_model
+from vitprune_deploy.build.sizes import sizes
 from vitprune_deploy.build.training import train_on
 from vitprune_deploy.console import Console
 from vitprune_deploy.profile import load_profile
@@ -181,7 +185,7 @@ def test_openvino_is_searched_measured_and_judged_in_its_own_precision(profile_p
     from vitprune_deploy.verbs.doctor import try_openvino
 
     precision = "fp32" if try_openvino("bf16") else "bf16"
-    there = [f"runtime={{name: openvino, precision: {precision}}}", "budget.speedup=1.3"]
+    there = [f"runtime={{name: openvino, precision: {precision}}}", "budget.speedup=1.3", "recover.enabled=false"]
     manifest = build(load_profile(profile_path, there), tmp_path / "out", Console(quiet=True))
     assert manifest.device["runtime"] == "openvino"
     assert [(one.runtime, one.precision, one.status) for one in manifest.engines] == [("openvino", precision, "run")]
@@ -235,13 +239,15 @@ def test_a_schedule_is_what_the_built_model_keeps(profile_path, tmp_path):
     assert manifest.parity.max_abs <= 1e-4
 
 
-def test_a_methods_own_search_says_what_the_built_model_keeps(profile_path, tmp_path):
-    own = ["prune={tokens: {method: psvit, schedule: own-0.001}, last_block: full}", "search.landings=0"]
-    build(load_profile(profile_path, own), tmp_path / "out", Console(quiet=True))
-    found = json.loads(next((tmp_path / "out" / ".work").glob("methods-*/counts.json")).read_text())
+def test_a_methods_own_search_says_what_is_kept(profile_path, tmp_path):
+    own = load_profile(profile_path, ["prune={tokens: {method: psvit, schedule: own-0.001}, last_block: full}"])
+    bench = run(own, tmp_path / "out", Console(quiet=True), until="methods")
+    found = bench.schedule()
     assert found[0] < 64
-    plan = Plan.from_dict(yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text()))
-    assert [block.patches for block in plan.blocks] == [found[0], found[1] if found[1] < found[0] else None, None]
+    assert found == psvit.search_counts(bench.dense, bench.search_images[: screen.CALIBRATION], 0.001).patches
+    assert set(sizes(bench).patches) == {64, *found}
+    small = reduce_tokens(bench.dense, "psvit", found, bench.method_weights("psvit"))
+    assert torch.isfinite(small(bench.search_images[:2])).all()
 
 
 @pytest.mark.parametrize(
@@ -264,7 +270,6 @@ def test_methods_with_weights_are_searched_trained_and_exported(profile_path, tm
 
 def test_an_official_checkpoint_is_built_with_its_own_weights(profile_path, tmp_path):
     import timm
-    import torch
     from safetensors.torch import load_file
 
     torch.manual_seed(0)
