@@ -1,7 +1,7 @@
 """One model in every runtime of this processor, interleaved: ours, plain OpenVINO and torch, dense and pruned.
 
     python tools/bench_runtimes.py --batch 1
-    python tools/bench_runtimes.py --model quickstart --batch 8 --page deploy/RUNTIMES.md
+    python tools/bench_runtimes.py --model quickstart --batch 8
 
 The weights of DeiT-S are random: they play no part. *Pruned* is a plan made up for this: two thirds of the heads and of
 the hidden units, EViT's schedule that keeps 0.7, the last block for the class token alone. What is not installed is
@@ -23,13 +23,14 @@ import numpy as np
 import torch
 
 from _common import noise
-from vitprune.errors import MissingError
+from vitprune.errors import VitpruneError
 from vitprune.model.timm import from_timm
 from vitprune.model.vit import Vit
 from vitprune.schedules import counts
 from vitprune.surgery import dense_plan, prune
 from vitprune_deploy.backends import _ort_plugins
 from vitprune_deploy.backends.onnxruntime import OnnxRuntime
+from vitprune_deploy.backends.openvino import OpenVino
 from vitprune_deploy.export.int8 import quantize_dynamic
 from vitprune_deploy.export.onnx import export_onnx
 from vitprune_deploy.latency.fingerprint import device_fingerprint
@@ -101,7 +102,7 @@ def subjects_of(model: Vit, state: str, options: argparse.Namespace, folder: Pat
             continue
         try:
             yield make(f"{state}, {name}")
-        except MissingError as error:
+        except VitpruneError as error:
             print(f"left out: {name}: {error}")
 
 
@@ -117,15 +118,22 @@ def runtimes(model: Vit, path: Path, int8: Path, images: np.ndarray) -> dict[str
         "ours, CPU provider": by_onnxruntime(path, "cpu"),
         "ours, CPU provider, int8": by_onnxruntime(int8, "cpu"),
     }
-    if _ort_plugins.is_installed("OpenVINOExecutionProvider"):
-        made["ours, OpenVINO fp32"] = by_onnxruntime(path, "openvino")
-        made["ours, OpenVINO bf16"] = by_onnxruntime(path, "openvino", "bf16")
+    if _ort_plugins.is_installed(_ort_plugins.OPENVINO):
+        made["ours, OpenVINO's plugin fp32"] = by_onnxruntime(path, "openvino")
+        made["ours, OpenVINO's plugin bf16"] = by_onnxruntime(path, "openvino", "bf16")
     if find_spec("openvino"):
+        for precision in ("fp32", "bf16"):
+            made[f"ours, OpenVINO {precision}"] = by_our_openvino(path, images, precision)
         made["OpenVINO itself, fp32"] = lambda name: Subject(name, by_openvino(path, images, "f32"))
         made["OpenVINO itself, bf16"] = lambda name: Subject(name, by_openvino(path, images, "bf16"))
     made["torch eager"] = lambda name: Subject(name, by_torch(model, images))
     made[COMPILES] = lambda name: Subject(name, by_torch(torch.compile(model), images))
     return made
+
+
+def by_our_openvino(path: Path, images: np.ndarray, precision: str) -> Callable[[str], Subject]:
+    options = {"precision": precision}
+    return lambda name: Subject.of(name, OpenVino.load(path, threads=THREADS, options=options), {"images": images})
 
 
 def by_openvino(path: Path, images: np.ndarray, hint: str) -> Callable[[], float]:
