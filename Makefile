@@ -9,7 +9,8 @@ quickstart: $(VENV)/.quickstart  ## prune, export and validate the bundled model
 	$(BIN)/vitprune-deploy build profiles/quickstart.yaml --out out/quickstart
 
 test: $(VENV)/.test lint  ## lint, type check, unit tests, end-to-end tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not e2e' --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m e2e  # these measure, and have the machine to themselves
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

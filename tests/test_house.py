@@ -27,6 +27,7 @@ FLOORS = [
     ["vitprune_deploy.export"],
     ["vitprune_deploy.latency"],
     ["vitprune_deploy.runtime", "vitprune_deploy.validate"],
+    ["vitprune_deploy.triton"],
     ["vitprune_deploy.report"],
     ["vitprune_deploy.build"],
     ["vitprune_deploy.verbs"],
@@ -34,7 +35,8 @@ FLOORS = [
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 
-LIGHT = ["profile", "artifact", "data", "runtime", "cli", "backends.base", "backends.onnxruntime", "backends.tensorrt"]
+LIGHT = ["profile", "artifact", "data", "runtime", "triton", "cli", "backends.base", "backends.onnxruntime",
+         "backends.tensorrt"]  # fmt: skip
 HEAVY = ["torch", "timm", "onnx", "onnxscript", "safetensors", "jinja2", "accelerate", "scipy", "matplotlib"]
 
 

@@ -41,9 +41,10 @@ from vitprune.surgery import reduce_tokens
 slim = reduce_tokens(from_timm("deit_small_patch16_224").model, "evit", "published-0.7")  # or {3: 139, 6: 99, 9: 71}
 ```
 
-- Where the authors find counts by a search of their own, it is a function: `vitprune.search.diffrate.search_counts` and
-  `vitprune.search.psvit.search_counts`. What they return goes into `reduce_tokens`; a profile's `prune.tokens.schedule`
-  takes the counts alone.
+- Where the authors find counts by a search of their own, a profile asks for it: `schedule: own-0.65` leaves 65% of the
+  operations (`diffrate`), `schedule: own-0.01` lets each block be wrong by 1% (`psvit`). As functions with all settings
+  they are `vitprune.search.diffrate.search_counts` and `vitprune.search.psvit.search_counts`; what these return goes
+  into `reduce_tokens`.
 - Where the authors let each image have its own count (`ats_fixed`, `ia_red2`), `vitprune.tokens.base.count_per_image`
   makes a model decide so, for studies of accuracy. Graphs have the counts that they are told.
 

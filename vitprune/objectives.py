@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -66,11 +68,16 @@ class Objective(ABC):
 
     def outputs(self, model: Vit, images: Tensor) -> Outputs:
         """What ``model``, the student or the teacher, says of ``images`` [B, C, H, W]."""
-        state = model.tokens(images)
+        with _whole_last_block(model) if self.reads_patches(model) else nullcontext():
+            state = model.tokens(images)
+            draws = None if state.log_chance is None else _draws(model, images, state)
         tokens, kept = self.compared(model, state)
-        draws = None if state.log_chance is None else _draws(model, images, state)
         second = None if self.second is None else self.second(state.x[:, 0])
         return Outputs(model.classify(state), tokens, kept, state.penalty, draws, second)
+
+    def reads_patches(self, model: Vit) -> bool:
+        """Whether patch tokens, or what marks them, are read behind the last block, which then computes all of them."""
+        return any(isinstance(module, Reducer) and module.rewarded for module in model.modules())
 
     @abstractmethod
     def compared(self, model: Vit, state: TokenState) -> tuple[Tensor, Tensor | None]:
@@ -127,14 +134,8 @@ class Published(Objective):
         if recipe.second and config.class_token and config.pool != "token":
             self.second = nn.Sequential(make_norm(config), nn.Linear(config.dim, config.classes))
 
-    def outputs(self, model: Vit, images: Tensor) -> Outputs:
-        last: Any = model.blocks[-1]
-        early = last.prefix_only
-        last.prefix_only = early and not self.recipe.tokens  # patch tokens to compare need the whole last block
-        try:
-            return super().outputs(model, images)
-        finally:
-            last.prefix_only = early
+    def reads_patches(self, model: Vit) -> bool:
+        return self.recipe.tokens > 0 or super().reads_patches(model)
 
     def compared(self, model: Vit, state: TokenState) -> tuple[Tensor, Tensor | None]:
         if not self.recipe.tokens:
@@ -159,6 +160,17 @@ class Published(Objective):
             kept = torch.ones_like(error) if student.kept is None else student.kept
             loss = loss + recipe.tokens * (error * kept).sum() / kept.sum().clamp_min(1)
         return loss
+
+
+@contextmanager
+def _whole_last_block(model: Vit) -> Iterator[None]:
+    """Inside, the last block is computed for all tokens."""
+    last: Any = model.blocks[-1]
+    before, last.prefix_only = last.prefix_only, False
+    try:
+        yield
+    finally:
+        last.prefix_only = before
 
 
 def _draws(model: Vit, images: Tensor, state: TokenState) -> Draws:

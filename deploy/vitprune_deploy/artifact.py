@@ -80,9 +80,44 @@ def copy_atomic(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed run left half-written in ``folder``; only while no other run writes there."""
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill; it takes the place of ``folder`` when the block ends, and vanishes when the block fails.
+
+    Raises as ``atomic_path`` does.
+    """
+    with writing(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}-", dir=folder.parent))
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            for path in temporary.rglob("*"):
+                flush(path)
+            remove_folder(folder)
+            temporary.rename(folder)
+            flush(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove ``folder``, if it is there: out of the way in one step, since removing file by file may be cut short."""
+    if folder.exists():
+        doomed = tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}-", dir=folder.parent)
+        folder.rename(Path(doomed) / folder.name)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed runs left half-written in ``folder``; only while no other run writes there.
+
+    Args:
+        name: of the one folder whose leftovers go; None: those of all files and folders.
+    """
     for leftover in folder.glob(f"{TEMPORARY}*"):
+        if name is not None and leftover.name.rpartition("-")[0] != f"{TEMPORARY}{name}":
+            continue
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -116,7 +151,7 @@ def writing(folder: Path) -> Iterator[None]:
                 f"no room left on the disk of {folder}; free some and run the same command again"
             ) from error
         if isinstance(error, OSError) and error.errno in _CLOSED and _is_about(error, folder):
-            raise InputError(f"{folder} cannot be written to ({error.strerror}); choose another with --out") from error
+            raise InputError(f"{folder} cannot be written to ({error.strerror}); choose another folder") from error
         raise
 
 

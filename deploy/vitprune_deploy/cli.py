@@ -40,6 +40,8 @@ PRUNING = (
 EXTRAS = {  # which extra brings a package
     **dict.fromkeys(PRUNING, "prune,cpu"),
     "onnxruntime": "cpu",
+    "openvino": "openvino",
+    "nncf": "openvino",
     "tensorrt": "tensorrt",
     "tensorrt_rtx": "tensorrt-rtx",
     "cuda": "tensorrt",
@@ -292,13 +294,26 @@ def export(
     return building.export(show, profile, set_, out, fresh=fresh)
 
 
+@_verb("  vitprune-deploy refit out/small/engine/model.plan trained/model.onnx --output engines/trained.plan")
+def refit(
+    show: console.Console,
+    engine: Annotated[Path, typer.Argument(metavar="ENGINE.plan", help="built with runtime.refit: true")],
+    onnx: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="of the same plan and precision")],
+    output: Annotated[Path, typer.Option(help="the new engine; its sidecar lies beside it")],
+) -> Answer:
+    """Give a TensorRT engine new weights. Without building it again; needs its GPU."""
+    from .verbs import refit as verb
+
+    return verb.refit(engine, onnx, output)
+
+
 @_verb("  vitprune-deploy validate out/quickstart")
 def validate(
     show: console.Console,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="the output folder of a build")],
     set_: SetOption = [],  # noqa: B006
 ) -> Answer:
-    """Validate an output folder again on this machine. Files, accuracy and latency, against its own profile."""
+    """Validate an output folder again on this machine. Files, accuracy, latency, and answers in any batch."""
     from .verbs import validate as verb
 
     return verb.validate(show, folder, set_)
@@ -327,7 +342,7 @@ def inspect(
     show: console.Console,
     path: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="output folder, .onnx file or .plan file")],
 ) -> Answer:
-    """Show what an output folder, ONNX file or engine holds. And whether the files of a folder are whole."""
+    """Show what an output folder, ONNX file or engine holds. Whether files are whole, and attention is one kernel."""
     from .verbs import inspect as verb
 
     return verb.inspect(path)
@@ -344,6 +359,29 @@ def visualize(
     from .verbs import visualize as verb
 
     return verb.visualize(folder, images, output)
+
+
+@_verb(
+    "  vitprune-deploy package triton out/quickstart --output models\n"
+    "  vitprune-deploy package triton out/rtx4090 out/l4 --output models --name flowers"
+)
+def package(
+    show: console.Console,
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="what to make of it: triton")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR", help="output folder of a build, or of several GPUs' builds")
+    ],
+    output: Annotated[Path | None, typer.Option(help="the model repository; DIR/triton")] = None,
+    name: Annotated[str | None, typer.Option(help="of the model; the profile's")] = None,
+    runtime: Annotated[str | None, typer.Option(help="onnxruntime or tensorrt; the one that was validated")] = None,
+    queue_delay_us: Annotated[
+        int, typer.Option(min=0, help="microseconds that a request may wait for others to share its batch")
+    ] = 0,
+) -> Answer:
+    """Put a built model into a model repository of the Triton server. With its labels, warm-up and preprocessing."""
+    from .verbs import package as verb
+
+    return verb.package(kind, folders, output, name=name, runtime=runtime, queue_delay_us=queue_delay_us)
 
 
 @_verb("  vitprune-deploy doctor")

@@ -73,6 +73,7 @@ class Model:
         backend: the engine.
         preprocess: from an image to its input.
         classes: names of the classes, if they are known.
+        max_batch: images in one run of the engine; more are split.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Model:
         self.classes = None if classes is None else tuple(classes)
         first = backend.inputs[0].shape[0]
         self._fixed_batch = first if isinstance(first, int) else None
-        self._chunk = self._fixed_batch or max_batch or CHUNK
+        self.max_batch = self._fixed_batch or max_batch or CHUNK
         self._least = self._fixed_batch or min_batch
         self._dtype = np.dtype(backend.inputs[0].dtype)
         self._turn = threading.Lock()
@@ -103,7 +104,7 @@ class Model:
             InputError: it is none of these.
         """
         inputs = self.as_input(self._inputs(images))
-        chunks = [inputs[i : i + self._chunk] for i in range(0, len(inputs), self._chunk)]
+        chunks = [inputs[i : i + self.max_batch] for i in range(0, len(inputs), self.max_batch)]
         return Prediction(np.concatenate([self._run(chunk) for chunk in chunks]).astype(np.float32), self.classes)
 
     def as_input(self, inputs: np.ndarray) -> np.ndarray:
@@ -174,7 +175,8 @@ def load(path: Path | str, *, runtime: str | None = None, threads: int | None = 
     engine = _engine(manifest, folder, runtime)
     extra: dict[str, Any] = engine.model_extra or {}
     name = extra.get("file", "model.onnx")
-    for needed in [n for n in manifest.files if n.startswith(name)] or [name]:  # with the weights beside it
+    beside = f"{name.removesuffix('.plan')}.json"  # what a plan says of itself; as with a model's weights, it counts
+    for needed in [n for n in manifest.files if n.startswith(name) or n == beside] or [name]:
         if verify:
             manifest.file(folder, needed)
     preprocess = preprocess_of(manifest, folder)

@@ -8,15 +8,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vitprune.errors import InputError
 
-from .artifact import TEMPORARY, canonical_sha256, flush, hash_files, sweep, write_atomic, writing
+from .artifact import atomic_folder, canonical_sha256, hash_files, remove_folder, sweep, write_atomic, writing
 
 
 class Done(NamedTuple):
@@ -86,17 +84,10 @@ class Stages:
         found = self.find(name, key)
         if found is not None:
             return found
-        with writing(self.folder):
-            temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{name}-", dir=self.folder))
-            try:
-                work(temporary)
-                files = _seal(temporary, outputs, name)
-                write_atomic(temporary / "stage.json", json.dumps({"key": key, "files": files}, indent=1))
-                _remove(folder)  # damaged, or it would have been found
-                temporary.rename(folder)
-                flush(self.folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        with atomic_folder(folder) as temporary:  # in place of a damaged one, else it would have been found
+            work(temporary)
+            files = _seal(temporary, outputs, name)
+            write_atomic(temporary / "stage.json", json.dumps({"key": key, "files": files}, indent=1))
         self._forget_others(name, folder)
         return Done(folder, canonical_sha256(files), ran=True)
 
@@ -114,29 +105,19 @@ class Stages:
     def forget(self) -> None:
         """Remove the outputs of all stages: the next run starts afresh."""
         for path in self.folder.glob("*/stage.json"):
-            _remove(path.parent)
+            remove_folder(path.parent)
 
     def _forget_others(self, name: str, keep: Path) -> None:
         """Remove what the stage left under other keys."""
         for path in self.folder.glob(f"{name}-*/stage.json"):
             if path.parent != keep and path.parent.name.rpartition("-")[0] == name:
-                _remove(path.parent)
-
-
-def _remove(folder: Path) -> None:
-    """Out of the way in one step, since removing file by file may be cut short."""
-    if folder.exists():
-        doomed = tempfile.mkdtemp(prefix=TEMPORARY, dir=folder.parent)
-        folder.rename(Path(doomed) / folder.name)
-        shutil.rmtree(doomed, ignore_errors=True)
+                remove_folder(path.parent)
 
 
 def _seal(folder: Path, outputs: Sequence[str], stage: str) -> dict[str, str]:
-    """The hashes of all files in ``folder``, which are on the disk by then."""
+    """The hashes of all files in ``folder``."""
     lacking = [name for name in outputs if not (folder / name).is_file()]
     if lacking:
         raise RuntimeError(f"stage {stage} did not write {', '.join(lacking)}")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        flush(path)
     return hash_files(folder, [path.relative_to(folder).as_posix() for path in files])

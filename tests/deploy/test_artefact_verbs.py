@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import tiny
 import torch
@@ -91,6 +92,11 @@ def test_validate_runs_the_engine_beside_the_dense_one_that_the_build_kept(built
     assert (code, found["verdict"]) in {(0, "pass"), (1, "unstable")}  # others may use the machine
     assert any("cpu was another" in line for line in found["device_differences"])
     assert "cpu was another" in err
+    sound = found["consistency"]["onnxruntime fp32"]
+    assert sound["passed"]
+    assert {check["name"] for check in sound["checks"] if not check["skipped"]} == {
+        "finite", "second session", "second process", "unfused", "repeated",
+    }  # fmt: skip
 
 
 def test_validate_without_the_dense_engine_cannot_say_how_far_they_agree(built, tmp_path, capsys):
@@ -125,6 +131,35 @@ def test_validate_judges_by_the_budget_in_milliseconds_of_the_build(built, tmp_p
     found = json.loads(capsys.readouterr().out)
     assert found["budget_ms"] == 1e-4
     assert found["verdict"] in ("fail", "unstable")
+
+
+def test_validate_fails_an_engine_that_answers_otherwise_each_time(built, tmp_path, capsys):
+    folder = copied(built, tmp_path)
+    model = onnx.load(folder / "model.onnx")
+    model.graph.node[-1].output[0] = "calm"
+    model.graph.node.extend([
+        onnx.helper.make_node("RandomNormalLike", ["calm"], ["noise"], scale=0.01),
+        onnx.helper.make_node("Add", ["calm", "noise"], ["logits"]),
+    ])  # fmt: skip
+    onnx.save(model, folder / "model.onnx")
+    write_manifest(folder)
+    assert cli.main(["validate", str(folder), "--set", "accuracy={min_top1: 2}"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("fail\n")
+    for name in ("second process", "repeated"):  # all sessions of a process begin with the same noise
+        assert f"  check '{name}' at batch 1: " in out
+        assert any(line.startswith(name) and "failed in" in line for line in out.splitlines())
+
+
+def test_an_engine_that_was_only_built_and_does_not_load_is_left_out_with_a_line(built, tmp_path, capsys):
+    folder = copied(built, tmp_path)
+    plain = json.loads((folder / "manifest.json").read_text())
+    plain["engines"].append({"runtime": "tensorrt", "precision": "fp16", "status": "built", "file": "engine/m.plan"})
+    (folder / "manifest.json").write_text(json.dumps(plain))
+    cli.main(["validate", str(folder), "--set", "accuracy={min_top1: 2}", "--json"])
+    out, err = capsys.readouterr()
+    assert json.loads(out)["consistency"].keys() == {"onnxruntime fp32"}
+    assert "note: the engine for tensorrt fp16 is not checked: " in err
 
 
 def test_validate_judges_the_memory_that_the_profile_allows(built, capsys):
@@ -162,6 +197,27 @@ def test_inspect_shows_figures_blocks_engines_and_that_the_files_are_whole(built
     found = json.loads(capsys.readouterr().out)
     assert found["blocks"] == {"heads": [4, 4], "mlp": [64, 64], "patches": [49, 49]}
     assert found["damaged"] == []
+    assert found["warnings"] == [
+        "TensorRT's fused attention takes heads of 16 to 256 channels in multiples of 8, and those of block 0, 1 have 8"
+    ]
+    assert f"warning: {found['warnings'][0]}" in text
+
+
+def test_inspect_shows_what_the_build_found_of_the_engine(built, tmp_path, capsys):
+    folder = copied(built, tmp_path)
+    plain = json.loads((folder / "manifest.json").read_text())
+    mha = {"block": 0, "fused": True, "kernels": ["mha"], "around": {}}
+    apart = mha | {"fused": False, "kernels": ["a", "b"]}
+    plain["fusion"] = {"runtime": "tensorrt", "dense": [mha], "pruned": [apart], "warnings": ["a fusion broke"]}
+    check = {"name": "alone", "passed": True, "batches": [3, 8], "max_abs": 1e-6, "limit": 1e-4, "rows": 11, "wrong": 0,
+             "ties": 2, "skipped": None}  # fmt: skip
+    plain["consistency"] = {"arithmetic": "fp32", "passed": True, "checks": [check]}
+    (folder / "manifest.json").write_text(json.dumps(plain))
+    assert cli.main(["inspect", str(folder)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "0 one kernel: mha a + b nothing" in lines
+    assert "warning: a fusion broke" in lines
+    assert "alone 3, 8 1e-06 0.0001 passed, 2 tied" in lines
 
 
 def test_inspect_shows_the_sidecar_of_an_engine(tmp_path, capsys):

@@ -132,7 +132,7 @@ def test_a_full_disk_that_a_library_reports_in_its_own_words_is_noticed(tmp_path
 
 def test_a_folder_that_is_a_file_is_the_users_to_change(tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(InputError, match=r"out cannot be written to .*; choose another with --out"):
+    with pytest.raises(InputError, match=r"out cannot be written to .*; choose another folder"):
         write_atomic(tmp_path / "out" / "a", "x")
 
 

@@ -22,8 +22,8 @@ from vitprune_deploy.verbs.answer import Answer, table
 from vitprune_deploy.verbs.building import budget_overrides, parse_budget
 
 ROOT = Path(__file__).parent.parent.parent
-VERBS = ["build", "init", "check", "measure", "search", "export", "validate", "bench", "inspect", "visualize", "doctor",
-         "schema", "profiles"]  # fmt: skip
+VERBS = ["build", "init", "check", "measure", "search", "export", "refit", "validate", "bench", "inspect", "visualize",
+         "package", "doctor", "schema", "profiles"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +90,13 @@ def test_version(capsys):
         (["bench", "x.onnx"], "x.onnx: there is no such model file"),
         (["inspect", "nothing"], "nothing: there is no such file or folder"),
         (["validate", "nothing"], "nothing: there is no such folder"),
+        (["refit", "a.plan", "m.onnx", "--output", "b.plan"], "a.plan: there is no such file; build the engine again"),
+        (
+            ["refit", "a.plan", "m.onnx", "--output", "a.plan"],
+            "--output a.plan is the engine itself; give another name",
+        ),
+        (["package", "triton", "nothing"], "nothing: there is no such folder"),
+        (["package", "tritton", "nothing"], "package makes triton, got 'tritton'"),
     ],
 )
 def test_wrong_input_is_told_in_a_sentence_on_stderr_with_exit_code_2(arguments, said, capsys):

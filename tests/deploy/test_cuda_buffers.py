@@ -107,6 +107,13 @@ def test_every_code_but_success_is_a_sentence(monkeypatch, code, message):
         cuda.allocate(16)
 
 
+def test_the_gpu_is_told_with_its_multiprocessors_and_what_its_driver_serves(monkeypatch):
+    facts = SimpleNamespace(name=b"L4\0", major=8, minor=9, totalGlobalMem=24 << 30, multiProcessorCount=58)
+    answers = {"cudaGetDeviceProperties": (Code(0), facts), "cudaDriverGetVersion": (Code(0), 13020)}
+    cuda, _ = bindings(monkeypatch, **answers)
+    assert cuda.device() == ("L4", "8.9", 24 << 30, 58, "13.2")
+
+
 def test_a_machine_with_a_driver_and_no_gpu_is_told_so(monkeypatch):
     with pytest.raises(MissingError, match="there is no NVIDIA GPU"):
         bindings(monkeypatch, cudaGetDeviceCount=(Code(0), 0))
@@ -147,7 +154,9 @@ def test_pycuda_waits_copies_and_times_as_the_interface_says(monkeypatch):
         compute_capability=lambda: (8, 7),
         name=lambda: "Orin",
         total_memory=lambda: 8 << 30,
+        multiprocessor_count=8,
     )
+    driver.get_driver_version = lambda: 12060
     driver.Event = lambda: event
     driver.memcpy_htod_async = lambda *arguments: done.append(("in", *arguments))
     driver.memcpy_dtoh_async = lambda *arguments: done.append(("out", *arguments))
@@ -160,7 +169,7 @@ def test_pycuda_waits_copies_and_times_as_the_interface_says(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycuda.driver", driver)
     cuda = open_cuda("pycuda")
     assert isinstance(cuda, PyCuda)
-    assert cuda.device() == ("Orin", "8.7", 8 << 30)
+    assert cuda.device() == ("Orin", "8.7", 8 << 30, 8, "12.6")
     array = np.zeros(2)
     cuda.copy_in(1, array, "stream")
     cuda.copy_out(array, 1, "stream")

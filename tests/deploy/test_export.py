@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 
 import onnx
 import onnxruntime
@@ -123,6 +124,25 @@ def test_fp16_is_in_the_graph_and_two_casts_are_at_its_ends(tmp_path):
     torch.testing.assert_close(run(tmp_path / "m.onnx", x), model(x).detach(), rtol=0, atol=2e-2)  # 11 bits
 
 
+def test_bf16_is_in_the_graph_and_two_casts_are_at_its_ends(tmp_path):
+    model = tiny_vit(depth=1)
+    info = export_onnx(model, tmp_path / "m.onnx", precision="bf16")
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    assert info.opset == 22
+    assert info.weights == {"bfloat16": sum(p.numel() for p in model.parameters()) + 1}  # and the scale of attention
+    assert info.nodes["Cast"] == 2
+    ends = [value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)]
+    assert ends == [onnx.TensorProto.FLOAT] * 2
+    onnx.checker.check_model(onnx.load(tmp_path / "m.onnx"), full_check=True)  # every operator takes bf16 in this opset
+
+
+def test_a_file_says_how_many_weights_are_in_which_format(dense):
+    found = {prop.key: prop.value for prop in onnx.load(dense[1]).metadata_props}
+    floats = [w for w in onnx.load(dense[1]).graph.initializer if w.data_type == onnx.TensorProto.FLOAT]
+    counted = sum(math.prod(weight.dims) for weight in floats)
+    assert json.loads(found["vitprune.weights"]) == dense[2].weights == {"float32": counted}
+
+
 def test_attention_is_one_node_where_the_runtime_fuses_it():
     assert opset_for("fp32", "tensorrt_rtx") == 20  # its Attention does not build in fp32
     assert opset_for("fp16", "tensorrt_rtx") == opset_for("fp16", "tensorrt-rtx") == 23
@@ -130,6 +150,8 @@ def test_attention_is_one_node_where_the_runtime_fuses_it():
     assert opset_for("fp16", "tensorrt", "10.14.1") == 23
     assert opset_for("fp16", "tensorrt") == 20
     assert opset_for("fp16", "onnxruntime") == 20
+    assert opset_for("bf16", "tensorrt-rtx") == opset_for("bf16", "tensorrt", "11.4.0.106") == 23
+    assert opset_for("bf16", "tensorrt", "10.3.0") == opset_for("bf16", "onnxruntime") == 22  # a Conv in bf16
 
 
 def test_half_a_block_exports_with_symbolic_tokens(tmp_path):
@@ -214,7 +236,7 @@ def test_what_cannot_be_exported_is_one_sentence(tmp_path):
         ({"batch": (0, 4)}, "batch must range from at least 1 upwards, got 0 to 4"),
         ({"batch": (4, 2)}, "batch must range from at least 1 upwards, got 4 to 2"),
         ({"image_size": ((16, 30), 28)}, "height must be a multiple of the patch size 4, got 30"),
-        ({"precision": "int3"}, "precision must be one of fp32, fp16, got 'int3'"),
+        ({"precision": "int3"}, "precision must be one of fp32, fp16, bf16, got 'int3'"),
     ],
 )
 def test_a_wish_that_cannot_be_met_is_one_sentence(arguments, message, tmp_path):

@@ -241,6 +241,14 @@ def test_check_refuses_gpus_that_the_installed_tensorrt_rtx_does_not_serve(monke
     assert "builds for compute capabilities 7.5, 8.6, not for 9.0" in capsys.readouterr().out
 
 
+def test_check_knows_that_tensorrt_rtx_needs_a_driver_to_build_engines_that_can_be_refitted(monkeypatch, capsys):
+    tiny_profile(runtime={"also_build": [{"name": "tensorrt-rtx"}], "refit": True})
+    found = {"builds": True, "runs": False, "gpu": None, "why": "no driver", "compute_capabilities": ["8.6"]}
+    monkeypatch.setattr("vitprune_deploy.verbs.check.capabilities", lambda: {"tensorrt_rtx": found})
+    assert cli.main(["check", "tiny.yaml"]) == 3
+    assert "runtime.refit: TensorRT-RTX builds engines that can be refitted only where" in capsys.readouterr().out
+
+
 def test_check_of_a_machine_that_lacks_something_ends_with_3(monkeypatch, capsys):
     def missing():
         raise MissingError("torch cannot be imported; run `pip install 'vitprune[prune,cpu]'`")

@@ -14,6 +14,7 @@ from vitprune.search.counts import Counts, TokenMethod
 from vitprune.search.latency import LatencyTable
 from vitprune.tokens.evit import EViT
 from vitprune.tokens.tome import ToMe
+from vitprune_deploy.backends.base import number_format
 from vitprune_deploy.latency import table as tables
 from vitprune_deploy.latency import timing
 from vitprune_deploy.latency.pieces import PieceFiles, only_block, spread
@@ -172,6 +173,15 @@ def test_half_precision_parts_take_and_give_half_precision(model, tmp_path):
     files = PieceFiles(model, tmp_path, 1, "fp16", "onnxruntime")
     with onnxruntime_loader(1)(files.mlp(16), {"tokens": 7}) as part:
         assert {spec.dtype for spec in (*part.inputs, *part.outputs)} == {"float16"}
+
+
+def test_parts_in_bf16_take_and_give_bf16_and_numbers_are_made_for_them(model, tmp_path):
+    path = PieceFiles(model, tmp_path, 1, "bf16", "tensorrt").mlp(16)
+    graph = onnx.load(path).graph
+    ends = [value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)]
+    assert ends == [onnx.TensorProto.BFLOAT16] * 2
+    assert number_format("bfloat16").itemsize == 2
+    assert number_format("float16") == np.float16
 
 
 def test_levels_to_measure_are_spread_over_the_values():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 
+import onnxruntime
 import pytest
 import torch
 from tiny import images, randomise, tiny_config, tiny_vit
 
 from vitprune.errors import InputError, NotSupported
 from vitprune.surgery import build
-from vitprune_deploy.export.onnx import export_onnx
+from vitprune_deploy.export.in_fp32 import write_in_fp32
+from vitprune_deploy.export.onnx import export_module, export_onnx
 from vitprune_deploy.export.parity import Tolerance, check_parity
 
 
@@ -83,6 +85,58 @@ def test_a_file_with_fixed_batch_is_compared_at_that(tmp_path):
     model = tiny_vit(depth=1)
     export_onnx(model, tmp_path / "m.onnx", batch=2)
     assert [case.batch for case in check_parity(model, tmp_path / "m.onnx").cases] == [2]
+
+
+@pytest.mark.parametrize("opset", [22, 23])
+def test_a_bf16_file_is_compared_although_nothing_here_has_kernels_for_it(opset, tmp_path):
+    model = tiny_vit(depth=1)
+    export_onnx(model, tmp_path / "m.onnx", precision="bf16", opset=opset)
+    found = check_parity(model, tmp_path / "m.onnx", images(8), precision="bf16")
+    assert 1e-3 < found.max_abs < 0.2  # rounded to 8 bits at every step, of logits up to 3
+    assert found.top1_agreement == 100.0
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+    with torch.no_grad():
+        model.head.bias[3] += 0.1  # less than bf16 may be off; without its rounding it shows
+    with pytest.raises(NotSupported, match=r"m\.onnx, computed in fp32: 1 of 1 images .* from torch by up to 0\.1 "):
+        check_parity(model, tmp_path / "m.onnx", images(4), precision="bf16")
+
+
+def test_results_are_rounded_as_bf16_rounds_them(tmp_path):
+    class Product(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.linspace(0.1, 7.3, 64))
+
+        def forward(self, x):
+            return (x.bfloat16() * self.weight).float()
+
+    product = Product().bfloat16()
+    export_module(product, (torch.zeros(2, 64),), tmp_path / "m.onnx", dynamic=[{}], names=(["x"], ["y"]))
+    (tmp_path / "fp32").mkdir()
+    session = onnxruntime.InferenceSession(
+        write_in_fp32(tmp_path / "m.onnx", tmp_path / "fp32", rounded=True), providers=["CPUExecutionProvider"]
+    )
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    (found,) = session.run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), product(x).detach(), rtol=0, atol=0)
+
+
+def test_fp16_that_overflows_is_an_error_that_names_bf16(tmp_path):
+    model = tiny_vit(depth=1)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc2.bias[3] = 1e5
+    export_onnx(model, tmp_path / "m.onnx", precision="fp16")
+    with pytest.raises(NotSupported, match="something left the range of fp16, which ends at 65504: bf16 would hold it"):
+        check_parity(model, tmp_path / "m.onnx", images(2), precision="fp16")
+
+
+def test_one_ranking_for_all_images_is_followed_too(tmp_path):
+    model = tiny_vit(depth=2, reducer="psvit", keep={0: 30})
+    export_onnx(model, tmp_path / "m.onnx")
+    with torch.no_grad():
+        model.head.bias[3] += 0.1
+    with pytest.raises(NotSupported, match=r"differ from torch by up to 0\.1 "):
+        check_parity(model, tmp_path / "m.onnx", images(2))
 
 
 def test_other_weights_are_an_error_with_figures(dense):

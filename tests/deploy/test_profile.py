@@ -126,7 +126,50 @@ sead: 3
         ("input: {dynamic_width: {min: 100, max: 320, step: 16}}", "input.dynamic_width.min: must be a multiple"),
         ("input: {dynamic_width: {min: 160, step: 16}}", "input.dynamic_width.max: is missing"),
         ("runtime: {precision: fp16}", "runtime.precision: fp16 is slower than fp32"),
-        ("runtime: {precision: int3}", "runtime.precision: must be 'fp32' or 'fp16', got 'int3'"),
+        ("runtime: {precision: int3}", "runtime.precision: must be 'fp32', 'fp16' or 'bf16', got 'int3'"),
+        ("runtime: {precision: bf16}", "runtime.precision: bf16 does not run on onnxruntime's CPU provider"),
+        (
+            "runtime: {name: tensorrt, precision: bf16}\ndevice: {compute_capability: 7.5}",
+            "runtime.precision: bf16 needs compute capability 8.0 or later, the profile has 7.5; use fp16",
+        ),
+        (
+            "runtime: {also_build: [{name: tensorrt-rtx, precision: bf16}], compute_capabilities: [7.5, 8.9]}",
+            "runtime.also_build.0.precision: bf16 needs compute capability 8.0",
+        ),
+        (
+            "runtime: {name: tensorrt, precision: bf16}\nexport: {opset: 20}",
+            "export.opset: must be at least 22 for bf16, got 20",
+        ),
+        ("input: {batch_ranges: [1]}", "input.batch_ranges: belongs to TensorRT"),
+        (
+            "runtime: {name: tensorrt}\n"
+            "input: {batch: {min: 1, opt: 8, max: 32}, batch_ranges: [1, {min: 3, opt: 8, max: 32}]}",
+            "input.batch_ranges: must make up input.batch, 1..32, without a gap",
+        ),
+        (
+            "runtime: {name: tensorrt}\n"
+            "input: {batch: {min: 2, opt: 8, max: 32}, batch_ranges: [{min: 1, opt: 8, max: 32}]}",
+            "input.batch_ranges: must make up input.batch, 2..32, without a gap",
+        ),
+        (
+            "runtime: {name: tensorrt}\n"
+            "input: {batch: {min: 1, opt: 8, max: 32}, batch_ranges: [{min: 1, opt: 64, max: 32}]}",
+            "input.batch_ranges.0: must ascend",
+        ),
+        ("runtime: {refit: true}", "runtime.refit: belongs to TensorRT; other runtimes read new weights"),
+        ("runtime: {version_compatible: true}", "runtime.version_compatible: belongs to tensorrt"),
+        (
+            "runtime: {name: tensorrt-rtx, version_compatible: true}",
+            "runtime.version_compatible: belongs to tensorrt; TensorRT-RTX has no version compatibility: build the",
+        ),
+        (
+            "runtime: {name: tensorrt-rtx, hardware_compatibility: ampere_plus}",
+            "runtime.hardware_compatibility: belongs to tensorrt; TensorRT-RTX serves the GPUs of runtime.compute_cap",
+        ),
+        (
+            "runtime: {name: tensorrt, hardware_compatibility: all}",
+            "runtime.hardware_compatibility: must be 'none', 'ampere_plus' or 'same_compute_capability', got 'all'",
+        ),
         ("runtime: {provider: gpu}", "runtime.provider: must be one of cpu"),
         ("runtime: {cuda: pycuda}", "runtime.cuda: belongs to TensorRT"),
         ("runtime: {name: tensorrt-rtx, provider: cuda}", "runtime.provider: belongs to onnxruntime"),

@@ -117,6 +117,17 @@ def full_facts(name="coat"):
         accuracy=accuracy.to_dict(),
         reference_top1=94.1,
         parity={"max_abs": 3.1e-5, "top1_agreement": 99.9, "images": 1000},
+        consistency={"arithmetic": "fp32", "passed": False, "checks": [
+            {"name": "alone", "passed": True, "batches": [3, 8], "max_abs": 2.5e-6, "limit": 1e-4, "rows": 11,
+             "wrong": 0, "ties": 1, "skipped": None},
+            {"name": "repeated", "passed": False, "batches": [8], "max_abs": 0.25, "limit": 1e-4, "rows": 8, "wrong": 3,
+             "ties": 0, "skipped": None},
+            {"name": "unfused", "passed": True, "batches": [], "max_abs": None, "limit": None, "rows": 0, "wrong": 0,
+             "ties": 0, "skipped": f"no file {name}"},
+        ]},
+        fusion={"runtime": "onnxruntime", "warnings": [f"pruning of {name} broke a fusion"], "unread": None,
+                "dense": [{"block": 0, "fused": True, "kernels": [f"mha {name}"], "around": {}}],
+                "pruned": [{"block": 0, "fused": False, "kernels": ["MatMul", "Softmax"], "around": {"cast": 2}}]},
         token_method="evit",
         frontier=tuple(points),
         search={"methods": {"evit": 0.07, "tome": None}, "status": "landed", "reason": f"measured twice {name}",
@@ -161,6 +172,20 @@ def test_a_page_says_the_verdict_its_reasons_and_the_figures_with_units(full_pag
                  "built, not run here", "built, run and measured here", "1,000 runs counted", "Recovered in 300 steps.",
                  "vitprune-deploy build p.yaml", "Spearman&#39;s rank correlation 0.91", "avx2, avx512f"):  # fmt: skip
         assert text in full_page, text
+
+
+def test_a_page_shows_how_consistent_the_engine_is_and_what_became_of_attention(full_page):
+    rows = [re.sub(r"<[^>]+>", "|", row) for row in re.findall(r"<tr>(.*?)</tr>", full_page)]
+    for row in (
+        "|alone||3, 8||2.5e-06||0.0001||passed, 1 tied|",
+        "|repeated||8||0.25||0.0001||failed in 3 of 8 rows|",
+        "|unfused||-||-||-||not made: no file coat|",
+        "|0||one kernel: mha coat||MatMul + Softmax||2 cast|",
+    ):
+        assert row in rows, row
+    assert "<b>Warning:</b> pruning of coat broke a fusion." in full_page
+    unread = {"runtime": "tensorrt", "dense": [], "pruned": [], "warnings": [], "unread": "it keeps that to itself"}
+    assert "Not known: it keeps that to itself." in render(replace(minimal_facts(), fusion=unread))
 
 
 def test_a_page_without_anything_optional_says_what_is_missing():

@@ -1,49 +1,22 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-import tempfile
 import threading
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from outputs import CLASSES, PREPROCESS, exported, written
 from PIL import Image
 
 from vitprune.errors import DamagedFile, InputError
 from vitprune_deploy import runtime
-from vitprune_deploy.artifact import Manifest, hash_files
+from vitprune_deploy.artifact import hash_files
 from vitprune_deploy.backends.onnxruntime import OnnxRuntime
-from vitprune_deploy.data import Preprocess
-from vitprune_deploy.export.onnx import export_onnx
-
-PREPROCESS = Preprocess((3, 28, 28), crop_pct=1.0)
-CLASSES = [f"class {i}" for i in range(10)]
-SOME = {"params": 1, "macs": 1, "top1": None, "latency_ms": {"p50": 1.0, "samples": 100}}
-
-
-@cache
-def exported(batch) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        export_onnx(tiny.tiny_vit(), path, batch=batch)
-        return path.read_bytes()
-
-
-def written(folder: Path, batch=(1, 8), **engine) -> Path:
-    """An output folder as a build leaves it, as far as a service reads it."""
-    (folder / "model.onnx").write_bytes(exported(batch))
-    entry = {"runtime": "onnxruntime", "precision": "fp32", "status": "run", "file": "model.onnx"} | engine
-    Manifest(
-        schema=1, verdict="pass", reasons=(), device={}, versions={}, dense=SOME, pruned=SOME,
-        budget={"latency_ms": 1.0, "percentile": 50, "batch": 1, "image_size": (28, 28)},
-        parity={"max_abs": 0.0, "top1_agreement": 100.0}, engines=(entry,),
-        files=hash_files(folder, ["model.onnx"]), preprocess=PREPROCESS.to_dict(), classes=CLASSES,
-    ).write(folder)  # fmt: skip
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +151,20 @@ def test_an_engine_that_is_not_there_is_told_with_those_that_are(tmp_path):
     runtime.load(folder, runtime="onnxruntime").close()
     with pytest.raises(InputError, match="no engine for 'tensorrt'"):
         runtime.load(folder, runtime="tensorrt")
+
+
+@pytest.mark.parametrize("sidecar", ["model.sm89.trt11.4.fp16.b1.json", "model.sm89.trt11.4.fp16.b1.plan.json"])
+def test_an_engine_whose_sidecar_was_changed_is_refused_before_it_is_loaded(sidecar, tmp_path):
+    (tmp_path / "engine").mkdir()
+    names = ["engine/model.sm89.trt11.4.fp16.b1.plan", f"engine/{sidecar}"]
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    folder = written(tmp_path, runtime="tensorrt", precision="fp16", file=names[0])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"files": hash_files(folder, names)}))
+    (tmp_path / names[1]).write_text('{"sha256": "of something else"}')
+    with pytest.raises(DamagedFile, match=rf"{sidecar} is cut off or changed since it was built"):
+        runtime.load(folder)
 
 
 def test_a_manifest_without_preprocessing_is_damaged(tmp_path):

@@ -16,8 +16,9 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
-from tiny import randomise, tiny_config, tiny_vit
+from tiny import images, randomise, tiny_config, tiny_vit
 
 from vitprune.errors import DamagedFile, InputError, MissingError, NotSupported
 from vitprune.surgery import build
@@ -31,9 +32,11 @@ from vitprune_deploy.backends.tensorrt import (
     build_engine,
     capabilities,
     check_parses,
+    engine_name,
     read_sidecar,
     sidecar_path,
 )
+from vitprune_deploy.export.islands import find_islands
 from vitprune_deploy.export.onnx import export_onnx
 
 DENSE = {"images": Shapes((1, 3, 28, 28), (4, 3, 28, 28), (8, 3, 28, 28))}
@@ -90,7 +93,30 @@ def test_the_sidecar_says_what_the_plan_cannot(engine, dense, rtx):
     assert sidecar["profiles"] == [{"images": [[1, 3, 28, 28], [4, 3, 28, 28], [8, 3, 28, 28]]}]
     assert sidecar["compute_capabilities"] == ["8.6+"]
     assert (sidecar["sha256"], sidecar["size_bytes"]) == (sha256_file(plan), plan.stat().st_size)
-    assert sidecar["onnx"] == {"name": "model.onnx", "sha256": sha256_file(dense)}
+    onnx_file = sidecar["onnx"]
+    assert (onnx_file["name"], onnx_file["sha256"], onnx_file["external_data"]) == (
+        "model.onnx",
+        sha256_file(dense),
+        {},
+    )
+    assert (sidecar["precision"], sidecar["flags"], sidecar["hardware_compatibility"]) == ("fp32", [], "none")
+    assert sidecar["timing_cache"] is None  # no folder was given
+    assert (sidecar["gpu"] is None) == (capabilities()["tensorrt_rtx"]["gpu"] is None)
+
+
+def test_a_plan_bears_in_its_name_what_must_fit(engine, rtx):
+    version = ".".join(rtx.__version__.split(".")[:2])
+    assert engine_name("model", engine[1]) == f"model.sm86plus.rtx{version}.fp32.b1-8.plan"
+    classic = {
+        "compute_capabilities": ["8.9"],
+        "runtime": "tensorrt",
+        "version": "11.4.0.106",
+        "precision": "fp16",
+        "profiles": [{"images": [[1, 3], [1, 3], [1, 3]]}, {"images": [[2, 3], [8, 3], [32, 3]]}],
+    }
+    assert engine_name("model", classic) == "model.sm89.trt11.4.fp16.b1-32.plan"
+    alone = {"precision": None, "profiles": [{"images": [[4, 3], [4, 3], [4, 3]]}], "compute_capabilities": ["8.0+"]}
+    assert engine_name("dense", classic | alone) == "dense.sm80plus.trt11.4.b4.plan"
 
 
 def test_progress_goes_from_nothing_to_all_steps(engine):
@@ -118,11 +144,77 @@ def test_token_methods_build(rtx, method, precision, opset, dynamic, tmp_path):
     assert sidecar["inputs"][0]["shape"] == want
 
 
-def test_a_timing_cache_is_written_and_read_again(rtx, dense, tmp_path):
+def test_timings_are_kept_by_version_and_gpu_and_read_again(rtx, dense, tmp_path):
+    if capabilities()["tensorrt_rtx"]["gpu"] is not None:
+        pytest.skip("there is a GPU")
     cache = tmp_path / "cache"
-    for name in ("first", "second"):
-        build_engine(dense, tmp_path / name, options(timing_cache=cache))
-        assert cache.is_file()
+    first = build_engine(dense, tmp_path / "first.plan", options(timing_cache=cache))
+    (file,) = cache.glob("*.timings")
+    assert file.name == f"tensorrt_rtx-{rtx.__version__}-none.timings"
+    assert first["timing_cache"] == {"file": file.name, "sha256": sha256_file(file)}
+    file.write_bytes(b"damaged")  # which is no reason not to build
+    again = build_engine(dense, tmp_path / "again.plan", options(timing_cache=cache))
+    assert again["timing_cache"] == first["timing_cache"]
+
+
+def test_timings_that_cannot_be_kept_do_not_stop_a_build(rtx, dense, tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    sidecar = build_engine(dense, tmp_path / "m.plan", options(timing_cache=tmp_path / "cache"))
+    assert sidecar["timing_cache"] is None
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("fp16", "float16"), ("bf16", "bfloat16")])
+def test_the_census_finds_the_precision_that_was_asked_for_and_its_islands(rtx, precision, kind, tmp_path):
+    model = tiny_vit(depth=2)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc2.bias[3] = 1e5
+    islands = find_islands(model, images(4)) if precision == "fp16" else ()
+    export_onnx(model, tmp_path / "m.onnx", precision=precision, opset=23, islands=islands)
+    census = build_engine(tmp_path / "m.onnx", tmp_path / "m.plan", options(precision=precision))["census"]
+    assert census["asked"] == kind
+    weights, tensors = census["network"]["weights"], census["network"]["tensors"]
+    assert weights[kind] > 5 * weights["float32"]
+    assert (weights["float32"] > 1000) == (tensors["float32"] > 20) == bool(islands)  # a layer and the stream
+    assert census["proof"] == ("network" if census["engine"] is None else "inspector")
+
+
+def test_a_file_in_another_precision_than_asked_for_is_refused(rtx, dense, tmp_path):
+    with pytest.raises(InputError, match=r"model\.onnx is in fp32, and was to become an engine in fp16; export it in"):
+        build_engine(dense, tmp_path / "m.plan", options(precision="fp16"))
+
+
+@pytest.mark.parametrize("said", ["fp16", None])
+def test_a_file_that_lies_or_says_nothing_of_its_precision_is_found_out(rtx, dense, said, tmp_path):
+    model = onnx.load(dense)
+    del model.metadata_props[:]
+    if said:
+        model.metadata_props.add(key="vitprune.precision", value=said)
+    onnx.save(model, tmp_path / "lie.onnx")
+    with pytest.raises(NotSupported, match=r"was asked for float16, and of the weights in the network 0% are"):
+        build_engine(tmp_path / "lie.onnx", tmp_path / "m.plan", options(precision="fp16"))
+    assert not (tmp_path / "m.plan").exists()
+
+
+def test_several_profiles_are_built_into_one_engine(rtx, dense, tmp_path):
+    one = {"images": Shapes(*[(1, 3, 28, 28)] * 3)}
+    sidecar = build_engine(dense, tmp_path / "m.plan", options(profiles=(one, DENSE)))
+    assert [profile["images"][0][0] for profile in sidecar["profiles"]] == [1, 1]
+    assert sidecar["profiles"][1]["images"][2][0] == 8
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        ({"version_compatible": True}, InputError, "has no version compatibility: build the engine again for each"),
+        ({"hardware_compatibility": "ampere_plus"}, InputError, "has no levels of hardware compatibility"),
+        ({"refit": True}, MissingError, "can be refitted only where there is an NVIDIA driver"),
+    ],
+)
+def test_what_tensorrt_rtx_has_not_is_a_sentence(rtx, dense, asked, error, message, tmp_path):
+    if "refit" in asked and capabilities()["tensorrt_rtx"]["gpu"] is not None:
+        pytest.skip("there is a GPU")
+    with pytest.raises(error, match=message):
+        build_engine(dense, tmp_path / "m.plan", options(**asked))
 
 
 def test_a_node_that_will_not_parse_is_named(rtx, tmp_path):
@@ -216,6 +308,8 @@ def test_a_child_that_dies_is_a_sentence(script, error, message, dense, tmp_path
         ({"module": "tensorrt9"}, "module must be tensorrt or tensorrt_rtx, got 'tensorrt9'"),
         ({"timeout_s": 0}, "timeout_s must be > 0 seconds, got 0"),
         ({"workspace_mb": -1}, "workspace_mb must be > 0, got -1"),
+        ({"precision": "int3"}, "precision must be one of fp32, fp16, bf16, got 'int3'"),
+        ({"hardware_compatibility": "all"}, "hardware_compatibility must be one of none, ampere_plus, same_comp"),
         ({"profiles": ({"images": Shapes((4, 3), (2, 3), (8, 3))},)}, r"profile 0, images, axis 0: .* got 4, 2, 8"),
         ({"profiles": ({"images": Shapes((4, 3), (4,), (8, 3))},)}, "the same number of axes"),
     ],
@@ -252,21 +346,27 @@ def test_without_a_driver_loading_stops_at_the_driver(engine):
 
 def test_a_changed_plan_is_refused(plan):
     plan.write_bytes(b"plam")
-    with pytest.raises(DamagedFile, match=r"not the engine that model\.plan\.json describes"):
+    with pytest.raises(DamagedFile, match=r"not the engine that model\.json describes"):
         TensorRT.load(plan)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])
 def test_a_damaged_sidecar_is_refused(plan, text):
     sidecar_path(plan).write_text(text)
-    with pytest.raises(DamagedFile, match=r"model\.plan\.json is damaged"):
+    with pytest.raises(DamagedFile, match=r"model\.json is damaged"):
         read_sidecar(plan)
 
 
 def test_a_plan_without_a_sidecar_is_refused(plan):
     sidecar_path(plan).unlink()
-    with pytest.raises(InputError, match=r"model\.plan\.json: there is no such file"):
+    with pytest.raises(InputError, match=r"model\.json: there is no such file"):
         read_sidecar(plan)
+
+
+def test_a_sidecar_of_before_is_read_where_it_was(plan):
+    wanted = read_sidecar(plan)
+    sidecar_path(plan).rename(plan.with_name("model.plan.json"))
+    assert read_sidecar(plan) == wanted
 
 
 def test_an_unknown_option_is_refused(plan):
@@ -283,7 +383,7 @@ class DoubleCuda(Cuda):
     package = "double"
 
     def __init__(self):
-        self.memory, self.done, self.ticks, self.next = {}, [], 0.0, 1000
+        self.memory, self.done, self.ran, self.ticks, self.next = {}, [], [], 0.0, 1000
 
     def device(self):
         return Device("double", "8.6", 1 << 30)
@@ -332,14 +432,22 @@ class DoubleCuda(Cuda):
 class DoubleEngine:
     """Images [batch, 3, 2, 2] to their sum, [batch, 1]; batch 1 to 4."""
 
-    num_io_tensors, num_optimization_profiles = 2, 1
+    num_io_tensors = 2
+    profiles = ([(1, 3, 2, 2), (2, 3, 2, 2), (4, 3, 2, 2)],)
     works = True
 
     def __init__(self, cuda):
         self.cuda, self.shape, self.address = cuda, None, {}
 
+    @property
+    def num_optimization_profiles(self):
+        return len(self.profiles)
+
     def create_execution_context(self):
-        return self
+        return DoubleContext(self)
+
+    def create_engine_inspector(self):
+        return SimpleNamespace(get_engine_information=lambda form: json.dumps({"Layers": [{"Name": form}]}))
 
     def get_tensor_name(self, place):
         return ("images", "logits")[place]
@@ -355,11 +463,20 @@ class DoubleEngine:
         return (batch, 3, 2, 2) if name == "images" else (batch, 1)
 
     def get_tensor_profile_shape(self, name, profile):
-        return [(1, 3, 2, 2), (2, 3, 2, 2), (4, 3, 2, 2)]
+        return self.profiles[profile]
+
+
+class DoubleContext(DoubleEngine):
+    """Of one profile."""
+
+    def __init__(self, engine):
+        super().__init__(engine.cuda)
+        self.engine, self.profile = engine, None
 
     def set_optimization_profile_async(self, profile, stream):
         assert stream == 7
-        return profile < self.num_optimization_profiles
+        self.profile = profile
+        return True
 
     def set_input_shape(self, name, shape):
         self.shape = shape
@@ -370,15 +487,19 @@ class DoubleEngine:
 
     def execute_async_v3(self, stream):
         assert stream == 7
+        least, _, most = self.engine.profiles[self.profile]
+        assert least <= self.shape <= most
         self.cuda.done.append("run")
+        self.cuda.ran.append(self.profile)
         images = self.cuda.memory[self.address["images"]].view(np.float32).reshape(self.shape)
         self.cuda.memory[self.address["logits"]].view(np.float32)[:] = images.sum((1, 2, 3))
         return self.works
 
 
 TRT = SimpleNamespace(
-    __name__="tensorrt", __version__="0", TensorIOMode=SimpleNamespace(INPUT="in"), nptype=lambda dtype: np.float32
-)
+    __name__="tensorrt", __version__="0", TensorIOMode=SimpleNamespace(INPUT="in"), nptype=lambda dtype: np.float32,
+    LayerInformationFormat=SimpleNamespace(JSON="as JSON"),
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -392,6 +513,10 @@ def loaded(monkeypatch):
 
 def pictures(batch, start=0.0):
     return (start + np.arange(batch * 12, dtype=np.float32)).reshape(batch, 3, 2, 2)
+
+
+def test_what_the_inspector_says_of_the_layers_comes_as_plain_data(loaded):
+    assert loaded[0].layers() == {"Layers": [{"Name": "as JSON"}]}
 
 
 def test_a_run_copies_in_runs_copies_out_and_waits(loaded):
@@ -439,7 +564,7 @@ def test_timing_without_copies_runs_on_the_inputs_that_were_bound(loaded):
 def test_two_bound_shapes_take_turns_on_their_own_memory(loaded):
     backend, cuda = loaded
     small, large = backend.bind({"images": pictures(1)}), backend.bind({"images": pictures(4)})
-    engine = backend._context
+    engine = backend._context(0)
     for once, batch in ((small, 1), (large, 4), (small, 1)):
         once()
         assert engine.shape[0] == batch
@@ -469,3 +594,48 @@ def test_a_profile_that_the_engine_lacks_is_refused():
     cuda = DoubleCuda()
     with pytest.raises(InputError, match="this engine has 1 profiles, there is no 3"):
         TensorRT(TRT, DoubleEngine(cuda), cuda, 3, True)
+
+
+@pytest.fixture
+def many(monkeypatch):
+    """An engine with a profile for batch 1, one for 1 to 4 tuned for 4, and one for 5 to 16 tuned for 8."""
+    monkeypatch.setattr(tensorrt, "WARM_UP_S", 0.0)
+    sizes = ((1, 1, 1), (1, 4, 4), (5, 8, 16))
+    monkeypatch.setattr(DoubleEngine, "profiles", tuple([(n, 3, 2, 2) for n in one] for one in sizes))
+    cuda = DoubleCuda()
+    return TensorRT(TRT, DoubleEngine(cuda), cuda, None, True), cuda
+
+
+def test_each_batch_runs_in_the_profile_that_is_tuned_nearest_to_it(many):
+    backend, cuda = many
+    for batch in (1, 3, 7, 16, 1):
+        assert backend.run(pictures(batch)).shape == (batch, 1)
+    assert cuda.ran == [0, 1, 2, 2, 0]
+    assert sorted(backend._contexts) == [0, 1, 2]
+
+
+def test_batches_of_several_profiles_take_turns_on_their_own_contexts(many):
+    backend, cuda = many
+    small, large = backend.bind({"images": pictures(1)}), backend.bind({"images": pictures(8)})
+    cuda.ran.clear()
+    for once in (small, large, small):
+        once()
+    assert cuda.ran == [0, 2, 0]
+    backend.close()
+    assert cuda.memory == {}
+
+
+def test_a_batch_that_no_profile_takes_is_refused_with_all_of_them(many):
+    with pytest.raises(
+        InputError, match=r"from \[1, 3, 2, 2\] to \[1, 3, 2, 2\] or from .* got float32 \[17, 3, 2, 2\]"
+    ):
+        many[0].run(pictures(17))
+
+
+def test_one_profile_can_be_asked_for(monkeypatch, many):
+    cuda = DoubleCuda()
+    backend = TensorRT(TRT, DoubleEngine(cuda), cuda, 1, True)
+    backend.run(pictures(1))
+    assert cuda.ran == [1]
+    with pytest.raises(InputError, match="images must be"):
+        backend.run(pictures(8))

@@ -29,6 +29,14 @@ validation: {{runs: 40, max_seconds: 10, parity_images: 8}}
 """
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _a_cache_of_our_own(tmp_path_factory):
+    """What builds keep for later ones stays out of the home of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VITPRUNE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     """Three folders of 60 small PNG files: stripes of three directions, with noise."""

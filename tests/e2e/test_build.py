@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from vitprune_deploy.build.training import train_on
 from vitprune_deploy.console import Console
 from vitprune_deploy.profile import load_profile
 from vitprune_deploy.runtime import load
+from vitprune_deploy.verbs.validate import validate as validate_folder
 
 pytestmark = pytest.mark.e2e
 
@@ -79,6 +81,17 @@ def test_a_service_gets_the_same_answers_from_files_and_from_pixels(built, image
         from_pixels = model.predict(np.stack([np.asarray(picture) for picture in pictures]))
     assert from_files.logits.shape == (len(paths), 3)
     np.testing.assert_array_equal(from_files.logits, from_pixels.logits)
+
+
+def test_the_engine_is_checked_for_faults_that_accuracy_does_not_show(built):
+    sound, fusion = (built[1].model_extra[name] for name in ("consistency", "fusion"))
+    assert sound["passed"]
+    assert not any(check["skipped"] for check in sound["checks"])
+    assert sound["checks"][1]["batches"] == [2, 3, 4]
+    dense, pruned = ([one["kernels"][-2:] for one in fusion[name]] for name in ("dense", "pruned"))
+    assert dense == [["Softmax", "MatMul"]] * 3  # no kernel of ONNX Runtime on the CPU is all of attention
+    assert {tuple(kernels) for kernels in pruned} <= {("Softmax", "MatMul")}
+    assert fusion["warnings"] == []
 
 
 def test_the_frontier_has_a_plan_for_every_budget(built):
@@ -163,6 +176,35 @@ def test_where_nothing_is_gained_the_dense_model_is_the_answer(built, profile_pa
     assert manifest.model_extra["search"]["status"] == "dense"
 
 
+@pytest.mark.skipif(not find_spec("openvino"), reason="openvino is not installed")
+def test_openvino_is_searched_measured_and_judged_in_its_own_precision(profile_path, tmp_path):
+    from vitprune_deploy.verbs.doctor import try_openvino
+
+    precision = "fp32" if try_openvino("bf16") else "bf16"
+    there = [f"runtime={{name: openvino, precision: {precision}}}", "budget.speedup=1.3"]
+    manifest = build(load_profile(profile_path, there), tmp_path / "out", Console(quiet=True))
+    assert manifest.device["runtime"] == "openvino"
+    assert [(one.runtime, one.precision, one.status) for one in manifest.engines] == [("openvino", precision, "run")]
+    assert (manifest.parity.max_abs > 1e-4) == (precision == "bf16")
+    assert verify(tmp_path / "out") == manifest
+    with load(tmp_path / "out") as model:
+        assert model.backend.runtime.startswith("openvino")
+    validate_folder(Console(quiet=True), tmp_path / "out", [])
+
+
+def test_int8_is_tried_and_the_reason_is_told_either_way(built, profile_path, tmp_path):
+    out, asked = tmp_path / "out", ["runtime.try_int8=true", "recover.enabled=false"]
+    manifest = build(quick(profile_path, built[0] / "latency_table.json", *asked), out, Console(quiet=True))
+    found = manifest.model_extra["int8"]
+    assert found["why"] in (out / "report.html").read_text()
+    assert manifest.engines[0].precision == ("int8" if found["kept"] else "fp32")
+    assert (out / "engine" / "model.int8.onnx").exists() == found["kept"]
+    assert found["after_ms"]["value_ms"] > 0
+    assert verify(out) == manifest
+    with load(out) as model:
+        assert np.isfinite(model.predict(np.zeros((3, 32, 32, 3), np.uint8)).logits).all()
+
+
 def test_another_devices_table_is_refused(built, profile_path, tmp_path):
     plain = json.loads((built[0] / "latency_table.json").read_text())
     plain["circumstances"]["device"]["cpu"] = "another processor"
@@ -191,6 +233,15 @@ def test_a_schedule_is_what_the_built_model_keeps(profile_path, tmp_path):
     assert plan.reducer == "pitome"
     assert [block.patches for block in plan.blocks] == [40, 30, None]
     assert manifest.parity.max_abs <= 1e-4
+
+
+def test_a_methods_own_search_says_what_the_built_model_keeps(profile_path, tmp_path):
+    own = ["prune={tokens: {method: psvit, schedule: own-0.001}, last_block: full}", "search.landings=0"]
+    build(load_profile(profile_path, own), tmp_path / "out", Console(quiet=True))
+    found = json.loads(next((tmp_path / "out" / ".work").glob("methods-*/counts.json")).read_text())
+    assert found[0] < 64
+    plan = Plan.from_dict(yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text()))
+    assert [block.patches for block in plan.blocks] == [found[0], found[1] if found[1] < found[0] else None, None]
 
 
 @pytest.mark.parametrize(

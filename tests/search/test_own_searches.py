@@ -14,6 +14,7 @@ from vitprune.model.state import TokenState
 from vitprune.recover import Batch
 from vitprune.search import diffrate, psvit
 from vitprune.search.diffrate import Rate, RateSettings, _macs, _merged, _searching
+from vitprune.search.own import check_own, own_number, search_own
 from vitprune.surgery import reduce_tokens
 
 QUICK = RateSettings(steps=60, lr=0.2, last_lr=0.05, unit_macs=1e5)
@@ -164,3 +165,32 @@ def test_models_without_a_class_token_are_refused():
         psvit.search_counts(model, images(2))
     with pytest.raises(NotSupported, match="diffrate scores patches by the class token's attention"):
         diffrate.search_counts(model, labelled_by(model), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "number"),
+    [("own-0.65", 0.65), ("own-1", 1.0), ("own-", None), ("published-0.7", None), ({3: 20}, None), (None, None)],
+    ids=str,
+)
+def test_an_own_search_is_asked_for_by_name(schedule, number):
+    assert own_number(schedule) == number
+
+
+@pytest.mark.parametrize(
+    ("method", "number", "message"),
+    [
+        ("tome", 0.5, r"tome has no search of its own, only diffrate \(own-NUMBER: the share"),
+        ("diffrate", 1.0, "own-1: the number of diffrate's own search is the share of the operations"),
+        ("psvit", 0.0, "own-0: the number of psvit's own search is the error that each block may have"),
+    ],
+)
+def test_a_number_that_cannot_be_meant_is_refused(method, number, message):
+    with pytest.raises(InputError, match=message):
+        check_own(method, number)
+
+
+def test_a_profiles_own_searches_are_those_of_the_methods():
+    model = tiny_vit(depth=3)
+    found = search_own("diffrate", model, images(8), 0.6)
+    assert macs(reduce_tokens(model, "diffrate", *found).config) == pytest.approx(0.6 * macs(model.config), rel=0.08)
+    assert search_own("psvit", model, images(8), 0.01).patches == psvit.search_counts(model, images(8), 0.01).patches

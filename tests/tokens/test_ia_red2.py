@@ -78,9 +78,10 @@ def test_the_reward_by_hand():
 
 
 @pytest.mark.parametrize("recipe", [None, IARED2.recipe], ids=["distil", "published"])
-def test_a_training_goes_through_all_turns(recipe):
-    teacher = tiny_vit()
-    student = build(tiny_config(reducer="ia_red2", keep={0: 26, 1: 14}))
+@pytest.mark.parametrize("last", [None, 0], ids=["all", "prefix"])
+def test_a_training_goes_through_all_turns(recipe, last):
+    teacher = tiny_vit(depth=3)
+    student = build(tiny_config(depth=3, reducer="ia_red2", keep={0: 26, 1: 14, 2: last}))
     student.load_state_dict(teacher.state_dict(), strict=False)
     before = {name: value.clone() for name, value in student.state_dict().items()}
 
@@ -91,7 +92,8 @@ def test_a_training_goes_through_all_turns(recipe):
         assert found.checks[-1].loss < found.checks[0].loss
     moved = {name for name, value in found.model.state_dict().items() if not torch.equal(value, before[name])}
     assert {"blocks.0.reducer.qk.weight", "blocks.1.reducer.qk.weight", "head.weight"} <= moved
-    assert not any(block.reducer.decided for block in found.model.blocks)
+    assert not any(block.reducer.decided for block in found.model.blocks[:2])
+    assert found.model.blocks[2].prefix_only == (last == 0)
 
 
 def test_a_model_without_a_method_that_draws_is_run_once():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from vitprune import parts
 from vitprune.model.state import AttentionView, TokenState
 from vitprune.surgery import reduce_tokens
 from vitprune.tokens.base import Place, Reducer, track_sources
+from vitprune_deploy.validate import Served, check_consistency, subject
 
 METHODS = parts.names("vitprune.tokens")
 WEIGHTED = {"diffrate"}  # their sizes are no numbers of patches
@@ -192,6 +195,17 @@ def test_onnxruntime_agrees_at_every_batch_and_size(exported):
             got = session.run(None, {session.get_inputs()[0].name: batch_of.numpy()})[0]
             want = model(batch_of).detach().numpy()
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)  # fp32; another choice of tokens is off by O(0.1)
+
+
+def test_an_engine_of_the_graph_answers_alike_whatever_is_beside_an_image(exported):
+    _, path, _ = exported
+    few, engine = images(3).numpy(), subject("onnxruntime", path, path, threads=1)
+    with engine.open() as opened:  # another process is left to tests/deploy: starting one takes half a second
+        answers = opened.run(few)[None]
+    engine = replace(engine, apart=lambda batches: nullcontext(lambda: answers))
+    found = check_consistency(engine, few, Served(1, 3, 6, ((28, 28),)))
+    assert found.reasons() == ()
+    assert not any(check.skipped for check in found.checks)
 
 
 def test_the_graph_has_no_operator_that_runtimes_refuse(exported):

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..model.state import TokenState
 from ..model.vit import Block, Vit
+from ..recover import Progress
 from ..schedules import Found
 from ..surgery import check_method
 
@@ -25,7 +26,9 @@ AT_ONCE = 16  # images
 
 
 @torch.no_grad()
-def search_counts(model: Vit, images: Tensor, tolerance: float = 0.01, step: int = 10) -> Found:
+def search_counts(
+    model: Vit, images: Tensor, tolerance: float = 0.01, step: int = 10, *, progress: Progress | None = None
+) -> Found:
     """Patches that each block of ``model`` is to leave by PS-ViT, and at which positions.
 
     ``reduce_tokens(model, "psvit", found.patches, found.method_weights)`` makes the model. Its last block leaves what
@@ -57,6 +60,8 @@ def search_counts(model: Vit, images: Tensor, tolerance: float = 0.01, step: int
     blocks = [cast(Block, block) for block in model.blocks]
     counts, weights = [patches] * len(blocks), {}
     for number in reversed(range(1, len(blocks))):
+        if progress is not None:
+            progress(len(blocks) - 1 - number, len(blocks) - 1, f"positions that block {number} needs")
         block, before = blocks[number], blocks[number - 1]
         reach = [_reached(block, state, seen, prefix, kept) for state, seen in zip(states[number], reach, strict=True)]
         significance = torch.cat(

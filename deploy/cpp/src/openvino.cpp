@@ -7,19 +7,25 @@
 namespace vitprune {
 namespace {
 
-/// How the engine was validated: by ONNX Runtime's own CPU provider in its precision, or by OpenVINO in whatever this
-/// processor does fastest, unless the build said otherwise.
+bool by_openvino(const Engine& engine) { return engine.runtime == "openvino" || engine.provider == "openvino"; }
+
+/// What the engine was validated in. OpenVINO would compute in whatever this processor does fastest.
+ov::element::Type computes(const Engine& engine) {
+  const auto& told = engine.computes.empty() ? engine.precision : engine.computes;
+  if (by_openvino(engine) && told == "bf16") return ov::element::bf16;
+  if (by_openvino(engine) && told == "fp16") return ov::element::f16;
+  return ov::element::f32;
+}
+
 ov::AnyMap properties(const Engine& engine, int threads) {
-  ov::AnyMap found{ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY)};
+  ov::AnyMap found{ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY),
+                   ov::hint::inference_precision(computes(engine))};
   if (threads > 0) found.insert(ov::inference_num_threads(threads));
-  const bool by_openvino = engine.runtime == "openvino" || engine.provider == "openvino";
-  if (!by_openvino) found.insert(ov::hint::inference_precision(ov::element::f32));
-  for (const auto& [key, value] : engine.provider_options)
-    if (by_openvino && key != "device_type") found[key] = value;
   return found;
 }
 
 std::string device(const Engine& engine) {
+  if (!engine.device.empty()) return engine.device;
   const auto found = engine.provider_options.find("device_type");
   return engine.provider == "openvino" && found != engine.provider_options.end() ? found->second : "CPU";
 }

@@ -25,6 +25,8 @@ class Device(NamedTuple):
     name: str
     compute_capability: str  # as in '8.6'
     memory_bytes: int
+    multiprocessors: int | None = None
+    driver_cuda: str | None = None  # the newest CUDA that its driver serves, as in '13.0'
 
 
 class Cuda(ABC):
@@ -117,7 +119,13 @@ class Bindings(Cuda):
 
     def device(self) -> Device:
         facts = self._call("cudaGetDeviceProperties", 0)
-        return Device(_text(facts.name), f"{facts.major}.{facts.minor}", int(facts.totalGlobalMem))
+        return Device(
+            _text(facts.name),
+            f"{facts.major}.{facts.minor}",
+            int(facts.totalGlobalMem),
+            int(facts.multiProcessorCount),
+            _version(self._call("cudaDriverGetVersion")),
+        )
 
     def allocate(self, size_bytes: int) -> int:
         return int(self._call("cudaMalloc", size_bytes))
@@ -193,7 +201,13 @@ class PyCuda(Cuda):
 
     def device(self) -> Device:
         major, minor = self._device.compute_capability()
-        return Device(self._device.name(), f"{major}.{minor}", int(self._device.total_memory()))
+        return Device(
+            self._device.name(),
+            f"{major}.{minor}",
+            int(self._device.total_memory()),
+            int(self._device.multiprocessor_count),
+            _version(self._api.get_driver_version()),
+        )
 
     def allocate(self, size_bytes: int) -> int:
         memory = self._call(self._api.mem_alloc, size_bytes)
@@ -250,6 +264,11 @@ def _complain(call: str, code: int, name: str) -> str:
     if code == 2:  # cudaErrorMemoryAllocation
         return "the GPU has no memory left; use a smaller batch"
     return f"CUDA failed in {call}: {name} ({code})"
+
+
+def _version(number: int) -> str:
+    """13020 as '13.2'."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _text(name: bytes | str) -> str:

@@ -1,4 +1,4 @@
-"""The process in which TensorRT parses and builds: one JSON line in, JSON lines out.
+"""The process in which TensorRT parses, builds and refits: one JSON line in, JSON lines out.
 
 A build can crash, hang or fill the memory, and its libraries print on the C level; so it never runs in the caller's
 process. One code path serves TensorRT 10, TensorRT 11 and TensorRT-RTX: what differs is found by looking for the
@@ -10,31 +10,19 @@ name, never by comparing versions. Run by ``backends.tensorrt``; the lines are
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
-# a model that cannot be parsed names this many of its nodes
-NODES_NAMED = 3
+from . import _trt_census as census
+from ._trt_common import Refused, Send, gpu, load, logger
+from ._trt_config import RTX, Timings, add_profile, set_flags, set_targets, targets, tensor_facts
+from ._trt_refit import refit
 
-Send = Callable[[Mapping[str, Any]], None]
-
-
-class Refused(Exception):
-    """The answer is no.
-
-    Attributes:
-        kind: whose turn it is: 'missing', 'input', 'refused' (by TensorRT) or 'damaged'.
-    """
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
+NODES_NAMED = 3  # of a model that cannot be parsed
 
 
 def main() -> None:
@@ -59,16 +47,15 @@ def main() -> None:
 
 def describe(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     """Version of the module, and which GPUs it builds for: ['current'] stands for the one in this machine."""
-    trt = _load(request["module"])
-    _builder(trt, _logger(trt))
-    targets = list(_targets(trt)) if request["module"] == "tensorrt_rtx" else ["current"]
-    return {"version": trt.__version__, "compute_capabilities": targets}
+    trt = load(request["module"])
+    _builder(trt, logger(trt))
+    return {"version": trt.__version__, "compute_capabilities": list(targets(trt)) if _is_rtx(request) else ["current"]}
 
 
 def check(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     """Nothing, if the file parses."""
-    trt = _load(request["module"])
-    log = _logger(trt)
+    trt = load(request["module"])
+    log = logger(trt)
     builder = _builder(trt, log)
     _parse(trt, builder, log, request["onnx"])
     return {}
@@ -76,63 +63,80 @@ def check(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
 
 def build(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     """Write the plan to ``request['plan']``; what the sidecar says of it."""
-    trt = _load(request["module"])
-    log = _logger(trt)
+    trt = load(request["module"])
+    log = logger(trt)
     builder = _builder(trt, log)
     network, parser = _parse(trt, builder, log, request["onnx"])
     _let_attention_fall_apart(trt, network)
+    held = census.of_network(trt, network)
+    census.check_network(held, request["format"], request["weights"])
+    here, why = gpu()
     config = builder.create_builder_config()
-    capabilities = _set_targets(trt, config, request)
-    for profile in request["profiles"]:
-        _add_profile(builder, config, network, profile)
-    if request["workspace_mb"] is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_mb"] << 20)
-    cache = _set_timing_cache(config, request["timing_cache"])
+    asked = {
+        "compute_capabilities": set_targets(trt, config, request, here, why),
+        "flags": set_flags(trt, config, request, here),
+    }
+    timings = _configure(trt, builder, config, network, request, here)
     if hasattr(config, "progress_monitor"):
         config.progress_monitor = monitor = _monitor(trt, send)  # noqa: F841  (TensorRT does not keep it alive)
     plan = builder.build_serialized_network(network, config)
     del parser  # not before: the network reads the parser's weights
     if plan is None:
         raise Refused(*_explain(log, request))
+    counted = _counted(trt, log, plan, held, request, here)
     with Path(request["plan"]).open("wb") as file:
         file.write(plan)
-    if cache is not None:
-        cache.write_bytes(bytes(config.get_timing_cache().serialize()))
     return {
         "runtime": request["module"],
         "version": trt.__version__,
-        "inputs": [_tensor(network.get_input(i)) for i in range(network.num_inputs)],
-        "outputs": [_tensor(network.get_output(i)) for i in range(network.num_outputs)],
+        "gpu": here,
+        "inputs": [tensor_facts(network.get_input(i)) for i in range(network.num_inputs)],
+        "outputs": [tensor_facts(network.get_output(i)) for i in range(network.num_outputs)],
         "profiles": request["profiles"],
-        "compute_capabilities": capabilities,
+        **asked,
+        "hardware_compatibility": request["hardware_compatibility"],
+        "timing_cache": timings.keep(),
         "layers": network.num_layers,
+        "census": counted,
     }
 
 
-ACTIONS = {"describe": describe, "check": check, "build": build}
+def _configure(
+    trt: Any, builder: Any, config: Any, network: Any, request: Mapping[str, Any], here: Mapping[str, Any] | None
+) -> Timings:
+    """Shapes, memory, and the timings that the build starts from."""
+    for profile in request["profiles"]:
+        add_profile(builder, config, network, profile)
+    if request["workspace_mb"] is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace_mb"] << 20)
+    return Timings(trt, config, request["timing_cache"], here)
 
 
-def _load(module: str) -> Any:
-    """The Python module of TensorRT."""
-    try:
-        return importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError) as error:  # its libraries fail in ways of their own
-        raise Refused("missing", f"cannot be imported ({' '.join(str(error).split())})") from error
+ACTIONS = {"describe": describe, "check": check, "build": build, "refit": refit}
 
 
-def _logger(trt: Any) -> Any:
-    """A logger that keeps errors and warnings, the only place where TensorRT says why."""
+def _is_rtx(request: Mapping[str, Any]) -> bool:
+    return request["module"] == RTX
 
-    class Log(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
 
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(" ".join(message.split()))
-
-    return Log()
+def _counted(
+    trt: Any,
+    log: Any,
+    plan: Any,
+    network: Mapping[str, Any],
+    request: Mapping[str, Any],
+    here: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The census of a plan, which is refused if it is not in the precision asked for, and what proves that it is."""
+    engine = None if here is None else census.of_engine(trt, log, plan, request)
+    proof = "network"
+    if engine is not None and census.tells(engine):
+        census.check_engine(engine, network, request["format"])
+        proof = "inspector"
+    # with several profiles a plan may hold weights several times
+    elif here is None and len(request["profiles"]) == 1 and census.check_size(plan.nbytes, network, request["format"]):
+        proof = "size"
+    return {"asked": request["format"], "proof": proof, "network": network, "engine": engine}
 
 
 def _monitor(trt: Any, send: Send) -> Any:
@@ -224,83 +228,6 @@ def _sentence(errors: list[Any]) -> str:
     return f"cannot parse the node {nodes}{f' and {more} more' if more > 0 else ''}" if found else ""
 
 
-def _targets(trt: Any) -> dict[str, Any]:
-    """Compute capabilities that engines can be built for without their GPU: {'8.6': SM86, ...}."""
-    members = getattr(trt, "ComputeCapability", None)
-    names = {} if members is None else members.__members__
-    return {f"{name[2:-1]}.{name[-1]}": value for name, value in names.items() if name.startswith("SM")}
-
-
-def _set_targets(trt: Any, config: Any, request: Mapping[str, Any]) -> list[str]:
-    """Ask for the compute capabilities; those that the plan will be good for."""
-    wanted = request["compute_capabilities"]
-    if request["module"] != "tensorrt_rtx":  # TensorRT 11 has the same calls, and takes the current GPU alone
-        return _check_current(wanted)
-    known = _targets(trt)
-    for one in wanted:
-        if one not in known:
-            raise Refused(
-                "input",
-                f"{trt.__version__} builds no engines for compute capability {one}, only for {', '.join(known)}; "
-                "use the runtime tensorrt and build on the device itself",
-            )
-    if not wanted:
-        return ["8.6+"]  # what its documentation promises where nothing is asked for
-    config.num_compute_capabilities = len(wanted)
-    for place, one in enumerate(wanted):
-        if not config.set_compute_capability(known[one], place):  # it would build for another GPU without a word
-            raise Refused("input", f"{trt.__version__} does not take compute capability {one}")
-    return wanted
-
-
-def _check_current(wanted: list[str]) -> list[str]:
-    """Classic TensorRT builds for the GPU that it runs on, and for no other."""
-    from vitprune.errors import MissingError
-
-    from ._cuda import open_cuda
-
-    try:
-        current = open_cuda().device().compute_capability
-    except MissingError as error:
-        raise Refused("missing", f"builds on the device itself, and {error}") from error
-    if wanted and wanted != [current]:
-        raise Refused(
-            "input",
-            f"builds for the GPU that it runs on, which has compute capability {current}, not for "
-            f"{', '.join(wanted)}; build on that device",
-        )
-    return [current]
-
-
-def _add_profile(builder: Any, config: Any, network: Any, shapes: Mapping[str, Any]) -> None:
-    """One optimisation profile; the caller has checked that min <= opt <= max."""
-    inputs = {tensor.name: tensor for tensor in map(network.get_input, range(network.num_inputs))}
-    if shapes.keys() != inputs.keys():
-        raise Refused("input", f"needs a profile for {', '.join(sorted(inputs))}, got {', '.join(sorted(shapes))}")
-    profile = builder.create_optimization_profile()
-    for name, (least, best, most) in shapes.items():
-        fixed = _tensor(inputs[name])["shape"]
-        fits = len(least) == len(fixed) and all(
-            isinstance(size, str) or size == low == high for size, low, high in zip(fixed, least, most, strict=True)
-        )
-        if not fits:
-            raise Refused("input", f"needs a profile for {name} within {fixed}, got {least} to {most}")
-        profile.set_shape(name, least, best, most)
-    if config.add_optimization_profile(profile) < 0:
-        raise Refused("input", f"does not take the profile {json.dumps(shapes)}")
-
-
-def _set_timing_cache(config: Any, path: str | None) -> Path | None:
-    """Start from the cache in ``path``; where the cache is to be written afterwards."""
-    if path is None or not hasattr(config, "create_timing_cache"):
-        return None
-    file = Path(path)
-    known = file.read_bytes() if file.is_file() else b""
-    if not config.set_timing_cache(config.create_timing_cache(known), False):
-        config.set_timing_cache(config.create_timing_cache(b""), False)  # of another GPU or version: start anew
-    return file
-
-
 def _explain(log: Any, request: Mapping[str, Any]) -> tuple[str, str]:
     """Kind and sentence of a build that came to nothing."""
     text = "; ".join(dict.fromkeys(log.errors[-3:])) or "no reason given"
@@ -311,15 +238,6 @@ def _explain(log: Any, request: Mapping[str, Any]) -> tuple[str, str]:
     if "Turing" in text:
         return "input", f"cannot build this graph for compute capability 7.5; leave that out or use fp16 ({text})"
     return "refused", f"parses the graph and cannot build it: {text}"
-
-
-def _tensor(tensor: Any) -> dict[str, Any]:
-    """Name, type and shape of an input or output; a free size is a name."""
-    shape: list[int | str] = []
-    for axis, size in enumerate(tensor.shape):
-        name = tensor.get_dimension_name(axis) or ("batch" if axis == 0 else f"axis_{axis}")
-        shape.append(size if size >= 0 else name)
-    return {"name": tensor.name, "dtype": TYPES.get(tensor.dtype.name, tensor.dtype.name.lower()), "shape": shape}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from vitprune.errors import InputError
+
 Self = TypeVar("Self", bound="Backend")
 
 
@@ -18,7 +20,16 @@ class TensorSpec(NamedTuple):
 
     name: str
     shape: tuple[int | str, ...]  # a name stands for a size that is free
-    dtype: str  # as numpy calls it: float32, float16, int64
+    dtype: str  # as numpy calls it: float32, float16, int64; bfloat16
+
+
+def number_format(name: str) -> np.dtype[Any]:
+    """The numpy type of a ``TensorSpec``. That for bfloat16 is of the package ml_dtypes, which onnx brings."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
 
 
 class Backend(ABC):
@@ -81,6 +92,20 @@ class Backend(ABC):
         """Milliseconds of each of ``runs`` runs in a row. Nothing is warmed up, nothing discarded."""
         once = self.bind(feed)
         return [once() for _ in range(runs)]
+
+    def refuse_misfit(self, feed: Mapping[str, np.ndarray]) -> None:
+        """Raise InputError where ``feed`` does not fit the inputs: a sentence, where a runtime has a page."""
+        wanted = {spec.name: spec for spec in self.inputs}
+        if feed.keys() != wanted.keys():
+            raise InputError(f"this model's inputs are {', '.join(sorted(wanted))}, got {', '.join(sorted(feed))}")
+        for name, array in feed.items():
+            spec = wanted[name]
+            fits = len(array.shape) == len(spec.shape) and all(
+                isinstance(want, str) or want == got for want, got in zip(spec.shape, array.shape, strict=True)
+            )
+            if not fits or array.dtype.name != spec.dtype:
+                wants = f"{spec.dtype} [{', '.join(map(str, spec.shape))}]"
+                raise InputError(f"input {name} must be {wants}, got {array.dtype.name} {list(array.shape)}")
 
     def thread_ids(self) -> list[int]:
         """Kernel ids of the threads that the runtime keeps for this model; empty where they are not known."""

@@ -1,16 +1,18 @@
 """ONNX Runtime: on the CPU by default, on any other of its execution providers by name.
 
 Options of ``load``:
-    provider: ``cpu``, ``cuda``, ``tensorrt``, ``openvino`` ..., or ONNX Runtime's own name for one.
+    provider: ``cpu``, ``cuda``, ``tensorrt``, ``openvino``, ``tensorrt-rtx`` ..., or ONNX Runtime's own name for one.
     provider_options: what the provider takes, passed on as it is.
     cpu_nodes: let nodes that a GPU provider does not take run on the CPU; False, since that hides a slow graph.
     sizes: sizes of free dimensions by name, besides ``batch``; a graph with all of them fixed is specialised.
     copies: whether a timed run on a GPU includes copying from and to the host, as a service's does; True.
+    optimise: whether nodes are fused and rearranged; False runs the graph node by node as it is written; True.
 """
 
 from __future__ import annotations
 
 import io
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
@@ -22,13 +24,17 @@ import numpy as np
 
 from vitprune.errors import DamagedFile, InputError, MissingError, NotSupported
 
+from ..artifact import atomic_path
+from . import _ort_plugins
+from ._threads import task_ids
 from .base import Backend, TensorSpec
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
+    "openvino": _ort_plugins.OPENVINO,
+    "tensorrt-rtx": _ort_plugins.TENSORRT_RTX,
     "coreml": "CoreMLExecutionProvider",
     "directml": "DmlExecutionProvider",
 }
@@ -37,11 +43,10 @@ BEHIND = {"TensorrtExecutionProvider": ["CUDAExecutionProvider"]}
 PACKAGES = {
     "CUDAExecutionProvider": "onnxruntime-gpu",
     "TensorrtExecutionProvider": "onnxruntime-gpu 'tensorrt-cu13<11'",  # it links libnvinfer.so.10
-    "OpenVINOExecutionProvider": "onnxruntime-openvino",
     "DmlExecutionProvider": "onnxruntime-directml",
 }
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn")
-OPTIONS = ("provider", "provider_options", "cpu_nodes", "sizes", "copies")
+OPTIONS = ("provider", "provider_options", "cpu_nodes", "sizes", "copies", "optimise")
 CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 # Arithmetic on sizes, such as that of a free batch, is left to the CPU on purpose: its results are needed there. For
 # numbers of a model the GPU providers have these operators, so what the CPU has of them is such arithmetic.
@@ -82,27 +87,55 @@ class OnnxRuntime(Backend):
         short = options.get("provider", "cpu")
         provider = find_provider(short)
         sizes = dict(options.get("sizes", {})) | ({} if batch is None else {"batch": batch})
-        strict = _is_gpu(provider) and not options.get("cpu_nodes")
+        strict = _takes_all(provider) and not options.get("cpu_nodes")
         session_options = _session_options(threads, sizes, provider, strict=strict)
-        before = _task_ids()
-        session = _open(path, session_options, provider, dict(options.get("provider_options", {})))
+        if not options.get("optimise", True):
+            session_options.graph_optimization_level = _import().GraphOptimizationLevel.ORT_DISABLE_ALL
+        before = task_ids()
+        session = _open(path, session_options, provider, dict(options.get("provider_options", {})), threads)
         if strict:
             _refuse_cpu_nodes(path, session, provider)
         buffers = "cuda" if provider in CUDA and not options.get("copies", True) else "cpu"
-        return cls(session, _short(provider), sorted(_task_ids() - before), buffers)
+        return cls(session, _short(provider), sorted(task_ids() - before), buffers)
+
+    @classmethod
+    def compile(
+        cls, path: Path, target: Path, *, threads: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write ``path`` as ``target``, compiled for this machine's device: an ONNX file of one EPContext node.
+
+        It loads faster, with the same options, on the same provider, its version and its device alone.
+
+        Raises:
+            InputError: the provider compiles nothing ahead of time.
+            MissingError: as ``load``.
+        """
+        ort, options = _import(), dict(options or {})
+        provider = find_provider(options.get("provider", "cpu"))
+        session_options = _session_options(threads, dict(options.get("sizes", {})), provider, strict=False)
+        if not _ort_plugins.is_installed(provider):
+            raise InputError(f"{_short(provider)} compiles nothing ahead of time; leave runtime.compiled out")
+        _ort_plugins.add(session_options, provider, dict(options.get("provider_options", {})), threads)
+        with atomic_path(target) as temporary:
+            temporary.unlink()  # the compiler writes no file over another
+            try:
+                compiler = ort.ModelCompiler(session_options, str(path), embed_compiled_data_into_model=True)
+                compiler.compile_to_file(str(temporary))
+            except Exception as error:  # its exceptions share no base but Exception
+                raise _explain(path, provider, error) from error
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """The first output, without I/O binding: its shape may differ from call to call."""
         if len(self.inputs) != 1:
             raise InputError(f"this model has {len(self.inputs)} inputs ({', '.join(i.name for i in self.inputs)})")
         feed = {self.inputs[0].name: images}
-        self._check(feed)
+        self.refuse_misfit(feed)
         return np.asarray(self._session.run([self.outputs[0].name], feed)[0])
 
     def bind(self, feed: Mapping[str, np.ndarray]) -> Callable[[], float]:
         """One run with I/O binding."""
         ort = _import()
-        self._check(feed)
+        self.refuse_misfit(feed)
         results = self._session.run(None, dict(feed))  # the shapes of the outputs are known only after a run
 
         def as_value(array: np.ndarray) -> Any:
@@ -125,20 +158,6 @@ class OnnxRuntime(Backend):
         """Let go of the session."""
         self._session = None
 
-    def _check(self, feed: Mapping[str, np.ndarray]) -> None:
-        """Refuse ``feed`` with a sentence where ONNX Runtime would with a page."""
-        wanted = {spec.name: spec for spec in self.inputs}
-        if feed.keys() != wanted.keys():
-            raise InputError(f"this model's inputs are {', '.join(sorted(wanted))}, got {', '.join(sorted(feed))}")
-        for name, array in feed.items():
-            spec = wanted[name]
-            fits = len(array.shape) == len(spec.shape) and all(
-                isinstance(want, str) or want == got for want, got in zip(spec.shape, array.shape, strict=True)
-            )
-            if not fits or array.dtype.name != spec.dtype:
-                wants = f"{spec.dtype} [{', '.join(map(str, spec.shape))}]"
-                raise InputError(f"input {name} must be {wants}, got {array.dtype.name} {list(array.shape)}")
-
 
 class _Bound:
     """One run on fixed buffers; it keeps them alive, since a binding only points at them."""
@@ -150,6 +169,32 @@ class _Bound:
         start = time.perf_counter_ns()
         self._run(self._binding)
         return (time.perf_counter_ns() - start) / 1e6
+
+
+def optimised(path: Path, *, threads: int | None = None, options: Mapping[str, Any] | None = None) -> Any:
+    """The graph that a session of the model in ``path`` runs, as an ``onnx.ModelProto`` without its weights.
+
+    Raises:
+        NotSupported: the provider compiles the graph into something of its own.
+        InputError, DamagedFile, MissingError: as ``OnnxRuntime.load``.
+    """
+    import onnx
+
+    options = dict(options or {})
+    provider = find_provider(options.get("provider", "cpu"))
+    wanted = _session_options(threads, options.get("sizes", {}), provider, strict=False)
+    with tempfile.TemporaryDirectory(prefix="vitprune-") as folder:
+        written = Path(folder) / "optimised.onnx"
+        wanted.optimized_model_filepath = str(written)
+        wanted.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+        wanted.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        try:
+            _open(path, wanted, provider, dict(options.get("provider_options", {})), threads)
+        except DamagedFile as error:
+            if "compiled nodes" in str(error):
+                raise NotSupported(f"{provider} does not show what it made of {path.name}") from error
+            raise
+        return onnx.load(str(written), load_external_data=False)
 
 
 def check_packages() -> None:
@@ -175,8 +220,11 @@ def find_provider(name: str) -> str:
     """
     ort = _import()
     provider = PROVIDERS.get(name.lower(), name)
-    if provider in ort.get_available_providers():
+    if provider in ort.get_available_providers() or _ort_plugins.is_installed(provider):
         return provider
+    if provider in _ort_plugins.PLUGINS:
+        its_package = _ort_plugins.PLUGINS[provider].distribution
+        raise MissingError(f"{provider} is a package of its own, which is not here; run `pip install {its_package}`")
     if provider not in PROVIDERS.values() and provider not in ort.get_all_providers():
         raise InputError(f"onnxruntime has no execution provider {name!r}; known are {', '.join(PROVIDERS)}")
     package = PACKAGES.get(provider)
@@ -225,10 +273,13 @@ def _session_options(threads: int | None, sizes: Mapping[str, int], provider: st
     return options
 
 
-def _open(path: Path, options: Any, provider: str, provider_options: dict[str, Any]) -> Any:
+def _open(path: Path, options: Any, provider: str, provider_options: dict[str, Any], threads: int | None) -> Any:
     """A session of the model in ``path``, on ``provider`` and nothing else."""
     ort = _import()
-    providers = [(provider, provider_options), *BEHIND.get(provider, [])]
+    providers: list[Any] | None = [(provider, provider_options), *BEHIND.get(provider, [])]
+    if _ort_plugins.is_installed(provider):
+        providers = None
+        _ort_plugins.add(options, provider, provider_options, threads)
     missing = _load_cuda() if provider in CUDA else ""
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
@@ -294,12 +345,10 @@ def _short(provider: str) -> str:
     return next((short for short, name in PROVIDERS.items() if name == provider), provider)
 
 
+def _takes_all(provider: str) -> bool:
+    """Whether nodes that it leaves to the CPU provider would make figures meaningless."""
+    return _is_gpu(provider) or provider in _ort_plugins.PLUGINS
+
+
 def _is_gpu(provider: str) -> bool:
-    """Whether nodes that it leaves to the CPU would make figures meaningless."""
-    return provider in (*CUDA, "DmlExecutionProvider")
-
-
-def _task_ids() -> set[int]:
-    """Kernel ids of this process's threads; empty on systems without /proc."""
-    tasks = Path("/proc/self/task")
-    return {int(task.name) for task in tasks.iterdir()} if tasks.is_dir() else set()
+    return provider in (*CUDA, "DmlExecutionProvider", _ort_plugins.TENSORRT_RTX)

@@ -1,11 +1,11 @@
 """TensorRT 10, TensorRT 11 and TensorRT-RTX: engines built in a child process, run through name-based tensors.
 
-Precision stands in the ONNX file, never in a flag; networks are strongly typed. Beside every plan lies a JSON sidecar,
-since a plan tells nothing about itself without the GPU that it was built for.
+Building is in ``_trt_engine``, what lies beside a plan in ``_trt_sidecar``. An engine may have several optimisation
+profiles; each batch runs in the one that is tuned for its shape, or for the nearest that takes it.
 
 Options of ``load``:
     module: ``tensorrt`` or ``tensorrt_rtx``; by default, what the sidecar says.
-    profile: number of the optimisation profile; 0.
+    profile: number of the optimisation profile for all batches; by default, the best one for each.
     cuda: the package that reaches CUDA: ``cuda.bindings`` or ``pycuda``; by default, the first that is installed.
     copies: whether a timed run includes copying from and to the host, as on every other runtime; True.
 """
@@ -14,196 +14,62 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vitprune import __version__
-from vitprune.errors import DamagedFile, InputError, MissingError, VitpruneError
+from vitprune.errors import InputError, MissingError
 
-from ..artifact import atomic_path, sha256_file, write_atomic
 from ._cuda import Cuda, open_cuda
-from ._trt_child import MODULES, Progress, ask, sentence
-from .base import Backend, TensorSpec
+from ._trt_child import sentence
+from ._trt_engine import EngineOptions, Shapes, build_engine, capabilities, check_module, check_parses, refit_engine
+from ._trt_sidecar import engine_name, read_sidecar, sidecar_path
+from .base import Backend, TensorSpec, number_format
+
+__all__ = [
+    "EngineOptions",
+    "Shapes",
+    "TensorRT",
+    "build_engine",
+    "capabilities",
+    "check_parses",
+    "engine_name",
+    "read_sidecar",
+    "refit_engine",
+    "sidecar_path",
+]
 
 OPTIONS = ("module", "profile", "cuda", "copies")
-SIDECAR_SCHEMA = 1
-DESCRIBE_TIMEOUT_S = 120.0
 WARM_UP_S = 0.2  # as trtexec does; TensorRT-RTX compiles its kernels in the first runs
-
-
-class Shapes(NamedTuple):
-    """The shapes that a profile allows for one input, and the one that the engine is tuned for."""
-
-    min: tuple[int, ...]
-    opt: tuple[int, ...]
-    max: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How an engine is to be built.
-
-    Attributes:
-        profiles: for each optimisation profile, the shapes of each input.
-        module: ``tensorrt``, which builds for the GPU in the machine, or ``tensorrt_rtx``, which needs none.
-        compute_capabilities: of the GPUs to build for, as in '8.6'; empty: the GPU in the machine, or for TensorRT-RTX
-            8.6 and all that is newer.
-        workspace_mb: memory that a layer may use while it runs; None: as much as there is.
-        timing_cache: file with the timings of earlier builds, read and renewed.
-        timeout_s: after so many seconds the build is given up.
-    """
-
-    profiles: tuple[Mapping[str, Shapes], ...]
-    module: str = "tensorrt"
-    compute_capabilities: tuple[str, ...] = ()
-    workspace_mb: int | None = None
-    timing_cache: Path | None = None
-    timeout_s: float = 3600.0
-
-    def __post_init__(self) -> None:
-        _check_module(self.module)
-        if not self.profiles:
-            raise InputError("an engine needs at least one profile of min, opt and max shapes")
-        for number, profile in enumerate(self.profiles):
-            for name, shapes in profile.items():
-                _check_shapes(f"profile {number}, {name}", shapes)
-        if self.timeout_s <= 0:
-            raise InputError(f"timeout_s must be > 0 seconds, got {self.timeout_s}")
-        if self.workspace_mb is not None and self.workspace_mb <= 0:
-            raise InputError(f"workspace_mb must be > 0, got {self.workspace_mb}")
-
-
-def build_engine(
-    onnx_path: Path, out_path: Path, options: EngineOptions, progress: Progress | None = None
-) -> dict[str, Any]:
-    """Build the plan ``out_path`` and its sidecar from an ONNX file; what the sidecar says.
-
-    Raises:
-        InputError: the file is not there, a profile or compute capability does not fit, or time ran out.
-        NotSupported: TensorRT does not take a node, which the message names, or it crashed.
-        DamagedFile: the file is no ONNX file.
-        MissingError: the module, a driver, memory or room on the disk is missing.
-    """
-    _check_file(onnx_path)
-    request = {
-        "profiles": [dict(profile) for profile in options.profiles],
-        "compute_capabilities": list(options.compute_capabilities),
-        "workspace_mb": options.workspace_mb,
-        "timing_cache": str(options.timing_cache) if options.timing_cache else None,
-    }
-    with atomic_path(out_path) as plan:
-        request |= {"onnx": str(onnx_path), "plan": str(plan)}
-        found = ask(
-            "build",
-            options.module,
-            request,
-            subject=str(onnx_path),
-            timeout_s=options.timeout_s,
-            progress=progress,
-        )
-        sidecar = {
-            "schema": SIDECAR_SCHEMA,
-            "status": "built",
-            **found,
-            "sha256": sha256_file(plan),
-            "size_bytes": plan.stat().st_size,
-            "onnx": {"name": onnx_path.name, "sha256": sha256_file(onnx_path)},
-            "vitprune": __version__,
-        }
-    write_atomic(sidecar_path(out_path), json.dumps(sidecar, indent=1) + "\n")
-    return sidecar
-
-
-def check_parses(onnx_path: Path, module: str = "tensorrt", timeout_s: float = 600.0) -> None:
-    """Return if TensorRT takes every node of an ONNX file, without building anything; raises as ``build_engine``."""
-    _check_module(module)
-    _check_file(onnx_path)
-    ask("check", module, {"onnx": str(onnx_path)}, subject=str(onnx_path), timeout_s=timeout_s)
-
-
-def capabilities() -> dict[str, dict[str, Any]]:
-    """For each module: whether it builds and runs here, and if not, a sentence why.
-
-    Keys of each: ``version``, ``compute_capabilities`` (what it builds for), ``builds``, ``runs``, ``gpu``, ``why``.
-    """
-    try:
-        gpu: str | None = open_cuda().device().name
-        no_gpu = ""
-    except MissingError as error:
-        gpu, no_gpu = None, str(error)
-    found: dict[str, dict[str, Any]] = {}
-    for module in MODULES:
-        facts: dict[str, Any] = {
-            "version": None,
-            "compute_capabilities": [],
-            "builds": False,
-            "runs": False,
-            "gpu": gpu,
-            "why": no_gpu,
-        }
-        try:
-            facts |= ask("describe", module, {}, timeout_s=DESCRIBE_TIMEOUT_S) | {
-                "builds": True,
-                "runs": gpu is not None,
-            }
-        except VitpruneError as error:
-            facts["why"] = str(error)
-        found[module] = facts
-    return found
-
-
-def sidecar_path(plan: Path) -> Path:
-    """The JSON file that belongs to a plan."""
-    return plan.with_name(f"{plan.name}.json")
-
-
-def read_sidecar(plan: Path) -> dict[str, Any]:
-    """What was noted when the plan was built, once it is clear that it is about this very file.
-
-    Raises:
-        InputError: there is no plan, or it has no sidecar.
-        DamagedFile: either of them is not what was built.
-    """
-    path = sidecar_path(plan)
-    for file in (plan, path):
-        if not file.is_file():
-            raise InputError(f"{file}: there is no such file; build the engine again")
-    try:
-        sidecar = json.loads(path.read_text())
-        sha256, _ = sidecar["sha256"], sidecar["runtime"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedFile(f"{path} is damaged ({error}); build the engine again") from error
-    if sha256 != sha256_file(plan):
-        raise DamagedFile(f"{plan} is cut off or not the engine that {path.name} describes; build the engine again")
-    return sidecar
 
 
 class _Buffers(NamedTuple):
     """Memory for one set of shapes: page-locked on the host, and an address on the GPU, by tensor."""
 
+    profile: int  # in which they run
     host: dict[str, np.ndarray]
     device: dict[str, int]
 
 
 class TensorRT(Backend):
-    """An engine, its execution context, and memory on the GPU for its tensors. Not for several threads at once."""
+    """An engine, its execution contexts, and memory on the GPU for its tensors. Not for several threads at once."""
 
-    def __init__(self, trt: Any, engine: Any, cuda: Cuda, profile: int, copies: bool) -> None:
-        self._trt, self._engine, self._cuda, self._profile, self._copies = trt, engine, cuda, profile, copies
-        self._context = engine.create_execution_context()
-        if self._context is None:
-            raise MissingError("TensorRT made no execution context; the GPU has too little memory left")
+    def __init__(self, trt: Any, engine: Any, cuda: Cuda, profile: int | None, copies: bool) -> None:
+        self._trt, self._engine, self._cuda, self._copies = trt, engine, cuda, copies
+        count = engine.num_optimization_profiles
+        if profile is not None and not 0 <= profile < count:
+            raise InputError(f"this engine has {count} profiles, there is no {profile}")
+        self._profiles = list(range(count)) if profile is None else [profile]
         self._stream = cuda.stream()
-        if not self._context.set_optimization_profile_async(profile, cuda.handle(self._stream)):
-            raise InputError(f"this engine has {engine.num_optimization_profiles} profiles, there is no {profile}")
+        self._contexts: dict[int, Any] = {}
+        self._context(self._profiles[0])  # a GPU without the memory for one says so now
         self._deserializer: Any = None
         self._all: list[_Buffers] = []
-        self._selected: _Buffers | None = None  # those whose shapes and addresses the context knows
+        self._selected: dict[int, _Buffers] = {}  # those whose shapes and addresses each context knows
         self._last: _Buffers | None = None  # those of the last run
         self.runtime = f"{trt.__name__} {trt.__version__}"
         self.provider = "cuda"
@@ -228,12 +94,12 @@ class TensorRT(Backend):
             raise InputError(f"tensorrt has no option {unknown[0]!r}, it has {', '.join(OPTIONS)}")
         sidecar = read_sidecar(path)
         module = options.get("module", sidecar["runtime"])
-        _check_module(module)
+        check_module(module)
         trt = _import(module)
         cuda = open_cuda(options.get("cuda"))  # before TensorRT asks: its answer without a driver is no sentence
         runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         engine = _deserialize(trt, runtime, path, sidecar)
-        backend = cls(trt, engine, cuda, options.get("profile", 0), options.get("copies", True))
+        backend = cls(trt, engine, cuda, options.get("profile"), options.get("copies", True))
         backend._deserializer = runtime  # which has to outlive its engine
         return backend
 
@@ -242,11 +108,11 @@ class TensorRT(Backend):
         if len(self.inputs) != 1:
             raise InputError(f"this engine has {len(self.inputs)} inputs ({', '.join(i.name for i in self.inputs)})")
         feed = {self.inputs[0].name: images}
-        self._check(feed)
+        profile = self._check(feed)
         if self._last is None or self._last.host[self.inputs[0].name].shape != images.shape:
             if self._last is not None:
                 self._free(self._last)
-            self._last = self._allocate(feed)
+            self._last = self._allocate(feed, profile)
         self._last.host[self.inputs[0].name][...] = images
         self._enqueue(self._last, copies=True)
         self._cuda.synchronize(self._stream)
@@ -254,8 +120,7 @@ class TensorRT(Backend):
 
     def bind(self, feed: Mapping[str, np.ndarray]) -> Callable[[], float]:
         """One run between two CUDA events, after a warm-up of a fixed time."""
-        self._check(feed)
-        buffers = self._allocate(feed)
+        buffers = self._allocate(feed, self._check(feed))
         for name, array in feed.items():
             buffers.host[name][...] = array
         self._enqueue(buffers, copies=True)  # so that the inputs are there also if no run copies them
@@ -274,47 +139,73 @@ class TensorRT(Backend):
             once()
         return once
 
+    def layers(self) -> dict[str, Any]:
+        """What the engine's inspector says of its layers; names alone unless it was built to say more."""
+        found = self._engine.create_engine_inspector().get_engine_information(self._trt.LayerInformationFormat.JSON)
+        return json.loads(found)
+
     def close(self) -> None:
         """Free the memory on the GPU."""
         for buffers in list(self._all):
             self._free(buffers)
-        self._last = self._context = self._engine = self._deserializer = None
+        self._contexts.clear()  # before their engine
+        self._last = self._engine = self._deserializer = None
+
+    def _context(self, profile: int) -> Any:
+        """The execution context of a profile: one each, since switching a context between profiles takes time."""
+        if profile not in self._contexts:
+            context = self._engine.create_execution_context()
+            if context is None or not context.set_optimization_profile_async(profile, self._cuda.handle(self._stream)):
+                raise MissingError("TensorRT made no execution context; the GPU has too little memory left")
+            if hasattr(context, "nvtx_verbosity"):  # details, which the engine was built with, would slow down each run
+                context.nvtx_verbosity = self._trt.ProfilingVerbosity.LAYER_NAMES_ONLY
+            self._contexts[profile] = context
+        return self._contexts[profile]
 
     def _spec(self, name: str) -> TensorSpec:
         """An input or output; free sizes are named by their axis."""
         names = ("batch", *(f"axis_{i}" for i in range(1, 9)))  # an engine has no names for its axes
         shape = tuple(s if s >= 0 else n for s, n in zip(self._engine.get_tensor_shape(name), names, strict=False))
-        return TensorSpec(name, shape, np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name))).name)
+        dtype = self._engine.get_tensor_dtype(name)
+        narrow = getattr(dtype, "name", "") == "BF16"  # numpy has no such type, so nptype raises
+        return TensorSpec(name, shape, "bfloat16" if narrow else np.dtype(self._trt.nptype(dtype)).name)
 
-    def _check(self, feed: Mapping[str, np.ndarray]) -> None:
-        """Refuse what the engine or its profile does not take."""
+    def _check(self, feed: Mapping[str, np.ndarray]) -> int:
+        """The profile that takes ``feed`` and is tuned for the shapes nearest to it; InputError if none takes it."""
         wanted = {spec.name: spec for spec in self.inputs}
         if feed.keys() != wanted.keys():
             raise InputError(f"this engine's inputs are {', '.join(sorted(wanted))}, got {', '.join(sorted(feed))}")
+        found = dict.fromkeys(self._profiles, 0.0)
         for name, array in feed.items():
-            least, _, most = (tuple(shape) for shape in self._engine.get_tensor_profile_shape(name, self._profile))
-            fits = len(array.shape) == len(least) and all(
-                low <= size <= high for low, size, high in zip(least, array.shape, most, strict=True)
-            )
-            if not fits or array.dtype.name != wanted[name].dtype:
+            ranges = {profile: self._range(name, profile) for profile in found}
+            fitting = {profile: _distance(array.shape, allowed) for profile, allowed in ranges.items()}
+            if array.dtype.name != wanted[name].dtype or all(far is None for far in fitting.values()):
+                allowed_ones = (f"from {list(least)} to {list(most)}" for least, _, most in ranges.values())
                 raise InputError(
-                    f"input {name} must be {wanted[name].dtype} from {list(least)} to {list(most)}, "
+                    f"input {name} must be {wanted[name].dtype} {' or '.join(allowed_ones)}, "
                     f"got {array.dtype.name} {list(array.shape)}"
                 )
+            found = {profile: found[profile] + far for profile, far in fitting.items() if far is not None}
+        return min(found, key=lambda profile: found[profile])
 
-    def _allocate(self, feed: Mapping[str, np.ndarray]) -> _Buffers:
+    def _range(self, name: str, profile: int) -> Shapes:
+        """The shapes of an input in a profile."""
+        return Shapes(*(tuple(shape) for shape in self._engine.get_tensor_profile_shape(name, profile)))
+
+    def _allocate(self, feed: Mapping[str, np.ndarray], profile: int) -> _Buffers:
         """Memory for inputs of the shapes of ``feed`` and for the outputs that come of them."""
+        context = self._context(profile)
         for name, array in feed.items():
-            if not self._context.set_input_shape(name, array.shape):
+            if not context.set_input_shape(name, array.shape):
                 raise InputError(f"this engine refuses {name} of shape {list(array.shape)}")
-        buffers = _Buffers({}, {})
+        buffers = _Buffers(profile, {}, {})
         self._all.append(buffers)
-        self._selected = None
+        self._selected.pop(profile, None)
         for spec in (*self.inputs, *self.outputs):
-            shape = tuple(self._context.get_tensor_shape(spec.name))
+            shape = tuple(context.get_tensor_shape(spec.name))
             if min(shape, default=0) < 0:
                 raise InputError(f"the shape of {spec.name} depends on values: {list(shape)}")
-            host = self._cuda.pinned(shape, np.dtype(spec.dtype))
+            host = self._cuda.pinned(shape, number_format(spec.dtype))
             buffers.host[spec.name] = host
             buffers.device[spec.name] = self._cuda.allocate(host.nbytes)
         return buffers
@@ -323,47 +214,36 @@ class TensorRT(Backend):
         for address in buffers.device.values():
             self._cuda.free(address)
         self._all = [other for other in self._all if other is not buffers]
-        self._selected = None
+        self._selected.pop(buffers.profile, None)
 
-    def _select(self, buffers: _Buffers) -> None:
-        """Have the context work on ``buffers``."""
-        if self._selected is buffers:
-            return
-        for spec in self.inputs:
-            self._context.set_input_shape(spec.name, buffers.host[spec.name].shape)
-        for name, address in buffers.device.items():
-            self._context.set_tensor_address(name, address)
-        self._selected = buffers
+    def _select(self, buffers: _Buffers) -> Any:
+        """The context of their profile, which works on ``buffers`` from now on."""
+        context = self._context(buffers.profile)
+        if self._selected.get(buffers.profile) is not buffers:
+            for spec in self.inputs:
+                context.set_input_shape(spec.name, buffers.host[spec.name].shape)
+            for name, address in buffers.device.items():
+                context.set_tensor_address(name, address)
+            self._selected[buffers.profile] = buffers
+        return context
 
     def _enqueue(self, buffers: _Buffers, copies: bool) -> None:
         """Put one run on the stream, with its copies if asked for."""
-        self._select(buffers)
+        context = self._select(buffers)
         for spec in self.inputs if copies else ():
             self._cuda.copy_in(buffers.device[spec.name], buffers.host[spec.name], self._stream)
-        if not self._context.execute_async_v3(self._cuda.handle(self._stream)):
+        if not context.execute_async_v3(self._cuda.handle(self._stream)):
             raise MissingError(f"{self.runtime} could not run the engine; the GPU may have too little memory left")
         for spec in self.outputs if copies else ():
             self._cuda.copy_out(buffers.host[spec.name], buffers.device[spec.name], self._stream)
 
 
-def _check_module(module: str) -> None:
-    if module not in MODULES:
-        raise InputError(f"module must be {' or '.join(MODULES)}, got {module!r}")
-
-
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such ONNX file")
-
-
-def _check_shapes(place: str, shapes: Shapes) -> None:
-    """TensorRT would say no more than -1."""
-    least, best, most = shapes
-    if not len(least) == len(best) == len(most):
-        raise InputError(f"{place}: min, opt and max need the same number of axes, got {least}, {best}, {most}")
-    for axis, (low, middle, high) in enumerate(zip(least, best, most, strict=True)):
-        if not 1 <= low <= middle <= high:
-            raise InputError(f"{place}, axis {axis}: 1 <= min <= opt <= max must hold, got {low}, {middle}, {high}")
+def _distance(shape: tuple[int, ...], allowed: Shapes) -> float | None:
+    """How many times larger or smaller ``shape`` is than what a profile is tuned for, as logarithms; None: too far."""
+    least, best, most = allowed
+    if len(shape) != len(least) or any(not a <= b <= c for a, b, c in zip(least, shape, most, strict=True)):
+        return None
+    return sum(abs(math.log(size / tuned)) for size, tuned in zip(shape, best, strict=True))
 
 
 def _import(module: str) -> Any:
@@ -376,6 +256,8 @@ def _import(module: str) -> Any:
 
 def _deserialize(trt: Any, runtime: Any, path: Path, sidecar: Mapping[str, Any]) -> Any:
     """The engine in a plan file."""
+    if "VERSION_COMPATIBLE" in sidecar.get("flags", ()):
+        runtime.engine_host_code_allowed = True  # it brings code of its own: load only what you trust
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         built = f"{sidecar.get('runtime')} {sidecar.get('version')}"

@@ -58,5 +58,6 @@ def _delivered(bench: Bench) -> dict[str, Path]:
     files |= {name: folders["recover"] / name for name in ("model.json", "model.safetensors")}
     files |= {path.name: path for path in sorted(folders["export"].glob("model*.onnx*"))}
     files |= {path.name: path for path in sorted(folders["validate"].glob("golden.*"))}
-    files |= {f"engine/{path.name}": path for path in sorted(folders["engines"].glob("model.*"))}
+    engines = [*folders["engines"].glob("model.*"), *folders["int8"].glob("model.*")]
+    files |= {f"engine/{path.name}": path for path in sorted(engines)}
     return files

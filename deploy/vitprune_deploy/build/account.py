@@ -48,6 +48,8 @@ def collect(bench: Bench, manifest: Manifest) -> Facts:
         accuracy=found["accuracy"],
         reference_top1=found["reference_top1"],
         parity=manifest.parity.model_dump(),
+        consistency=found["consistency"],
+        fusion=found["fusion"],
         token_method=searched["method"],
         frontier=tuple(from_rows(bench.json("search", "frontier.json"))),
         search=searched,
@@ -126,7 +128,19 @@ def _wholes(bench: Bench, searched: Mapping[str, Any]) -> list[Whole]:
 
 
 def _notes(bench: Bench, searched: Mapping[str, Any]) -> list[str]:
-    notes = []
+    from ..export.islands import Island, sentence
+
+    kept = bench.json("export", "export.json").get("islands", {}).get("model.onnx", [])
+    notes = [sentence([Island(**one) for one in kept])] if kept else []
+    int8 = bench.json("int8", "int8.json")
+    if "why" in int8:
+        notes.append(f"The model in int8 was {'kept' if int8['kept'] else 'left out'}: {int8['why']}.")
+    price = bench.json("validate", "figures.json").get("compatibility")
+    if price:
+        notes.append(
+            f"To serve other GPUs or versions of TensorRT, the engine takes {price['with_ms']:.3g} ms, which is "
+            f"{price['times']:.2f} times the {price['without_ms']:.3g} ms without (medians of {price['runs']} runs)."
+        )
     checks = bench.json("recover", "recovery.json")
     if checks:
         notes.append(

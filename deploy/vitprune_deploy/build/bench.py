@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +21,14 @@ if TYPE_CHECKING:
     from vitprune.model.vit import Vit
     from vitprune.search.counts import TokenMethod
 
+    from ..export.islands import Island
+
 RANKINGS = "rankings"  # in the folder of the stage that measures losses
 METHOD_WEIGHTS = "-weights.safetensors"  # behind a token method's name: in the stage that found them
+RANGE_IMAGES = 64  # that tell which operations fp16 cannot hold
+INT8 = "int8.json"  # in the folder of the stage that tries it
 METHODS = "methods.json"  # in the folder of the stage that chooses token methods
+OWN_COUNTS = "counts.json"  # there too, where a method's own search was asked for
 
 
 class Shows(Protocol):
@@ -51,6 +56,7 @@ class Bench:
     shows: Shows
     work: Path
     folders: dict[str, Path] = field(default_factory=dict)
+    _dense_islands: Sequence[Island] | None = field(default=None, init=False, repr=False)
 
     def json(self, stage: str, name: str) -> Any:
         """What a finished stage wrote to the JSON file ``name``."""
@@ -133,6 +139,23 @@ class Bench:
         """Calibration images that only choose between the last candidates."""
         return self.calibration[-self.profile.search.holdout_images :]
 
+    def int8_file(self) -> Path | None:
+        """The pruned model in int8 if it is shipped, which is known once the stage ``int8`` is done."""
+        kept = "int8" in self.folders and self.json("int8", INT8)["kept"]
+        return self.folders["int8"] / "model.int8.onnx" if kept else None
+
+    def islands(self, model: Vit, precision: str) -> Sequence[Island]:
+        """Operations of ``model`` that fp16 cannot hold, by calibration images; none in another precision."""
+        if precision != "fp16":
+            return ()
+        from ..export.islands import find_islands
+
+        if model is not self.dense:
+            return find_islands(model, self.calibration[:RANGE_IMAGES])
+        if self._dense_islands is None:
+            self._dense_islands = find_islands(model, self.calibration[:RANGE_IMAGES])
+        return self._dense_islands
+
     def token_methods(self) -> list[TokenMethod]:
         """The token methods that are searched: those of the stage ``methods``; before it, all candidates.
 
@@ -183,16 +206,24 @@ class Bench:
     def schedule(self) -> tuple[int, ...] | None:
         """Patch tokens that leave each block, where the profile gives them; None: they are searched.
 
+        Those of a method's own search are known from the stage ``methods`` on; None before it.
+
         Raises:
             InputError: the schedule does not fit the method or the model.
         """
         from vitprune.schedules import counts
+        from vitprune.search.own import check_own, own_number
 
         wanted, config = self.profile.prune.tokens.schedule, self.dense.config
         if wanted is None:
             return None
-        method = self.candidates()[0].name
+        method, number = self.candidates()[0].name, own_number(wanted)
         try:
+            if number is not None:
+                check_own(method, number)
+                if "methods" not in self.folders:
+                    return None
+                wanted = self.json("methods", OWN_COUNTS)
             return counts(method, wanted, len(config.blocks), config.patches, config.prefix)
         except InputError as error:
             raise InputError(f"prune.tokens.schedule: {error}") from error

@@ -44,6 +44,7 @@ def table_request(bench: Bench) -> Request:
         methods=tuple(bench.token_methods()),
         runtime=profile.runtime.name,
         precision=profile.runtime.precision,
+        told=profile.tells_precision,
         seed=profile.seed,
         **({} if limit is None else {"seconds": limit}),
     )
@@ -219,8 +220,9 @@ def measure_counts(bench: Bench, plans: list[Counts], method: TokenMethod | None
             slim(bench.dense, counts, method),
             folder / f"{name}.onnx",
             **served_sizes(profile, bench.dense.config.image_size),
-            precision=profile.runtime.precision,
-            opset=served_opset(profile, profile.runtime.precision),
+            precision=profile.graph_precision,
+            opset=served_opset(profile, profile.graph_precision),
+            islands=bench.islands(bench.dense, profile.graph_precision),
         )
     limit = profile.measure.max_seconds
     found = measure_models(

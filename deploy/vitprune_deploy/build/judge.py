@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -25,13 +25,13 @@ from ..data import batches, picked
 from ..latency.fingerprint import machine_state
 from ..latency.protocol import Distribution
 from ..runtime import Model
-from . import runtimes
+from . import runtimes, soundness
 from .account import collect
 from .bench import Bench, write_json
-from .make import onnx_name
+from .make import PLAIN, onnx_name
 
-PACKAGES = ("numpy", "pillow", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt",
-            "tensorrt-rtx")  # fmt: skip
+PACKAGES = ("numpy", "pillow", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
+            "openvino", "nncf", "tensorrt", "tensorrt-rtx")  # fmt: skip
 PARITY_BATCH = 64
 
 
@@ -42,6 +42,7 @@ def validation_settings(bench: Bench) -> dict[str, Any]:
         "budget": profile.budget.model_dump(mode="json"),
         "accuracy": profile.accuracy.model_dump(mode="json"),
         "validation": profile.validation.model_dump(mode="json"),
+        "input": profile.input.model_dump(mode="json"),
         "device": runtimes.device(profile),
         "seed": profile.seed,
     }
@@ -54,7 +55,10 @@ def validate(bench: Bench, folder: Path) -> None:
     copies = {"reference": 1}  # it is not timed
     with ExitStack() as stack:
         sessions = {
-            name: [stack.enter_context(open_engine(bench, path)) for _ in range(copies.get(name, checks.SESSIONS))]
+            name: [
+                stack.enter_context(open_engine(bench, path, "fp32" if name == "reference" else None))
+                for _ in range(copies.get(name, checks.SESSIONS))
+            ]
             for name, path in engine_files(bench).items()
         }
         models = {name: opened[0] for name, opened in sessions.items()}
@@ -71,6 +75,9 @@ def validate(bench: Bench, folder: Path) -> None:
             seed=profile.seed,
             progress=show,
         )
+        price = compatibility_price(bench, sessions["pruned"], inputs)
+        fused = soundness.fusions(bench, models, engine_files(bench))
+    consistency = soundness.consistency(bench, _backend_name(bench), engine_files(bench)["pruned"])
     names = tuple(bench.class_names) if bench.class_names else None
     accuracy = checks.compare_accuracy(
         outputs.logits["dense"],
@@ -96,6 +103,7 @@ def validate(bench: Bench, folder: Path) -> None:
         non_finite=accuracy.non_finite,
         slowdown=_slowdown(bench, dense),
         drift=dense.reference_drift,
+        inconsistent=consistency.reasons(),
     )
     figures = {
         "verdict": asdict(checks.judge(checks.Limits.of(profile, budget_ms), found)),
@@ -107,6 +115,9 @@ def validate(bench: Bench, folder: Path) -> None:
         "dense_runs_ms": [round(ms, 4) for ms in dense.runs_ms],
         "pruned_runs_ms": [round(ms, 4) for ms in pruned.runs_ms],
         "parity": _engine_parity(bench, outputs.logits["pruned"]),
+        "compatibility": price,
+        "consistency": consistency.to_dict(),
+        "fusion": fused,
         "memory_mb": memory_mb,
         "size_bytes": {name: checks.size_bytes(path) for name, path in engine_files(bench).items()},
         "machine": machine_state(),
@@ -114,11 +125,29 @@ def validate(bench: Bench, folder: Path) -> None:
     write_json(folder / "figures.json", figures)
 
 
+def compatibility_price(bench: Bench, pruned: Sequence[Model], inputs: np.ndarray) -> dict[str, Any] | None:
+    """Median latency of the product, and without what makes it serve other GPUs or versions; None: nothing does."""
+    if not runtimes.asks_compatibility(bench.profile):
+        return None
+    wanted = bench.profile.validation
+    (file,) = (e["file"] for e in bench.json("engines", "engines.json") if e["model"] == PLAIN)
+    with ExitStack() as stack:
+        path = bench.folders["engines"] / file
+        plain = [stack.enter_context(open_engine(bench, path)) for _ in range(checks.SESSIONS)]
+        found = checks.compare_latency(
+            plain, pruned, inputs, runs=wanted.runs, max_seconds=wanted.max_seconds, seed=bench.profile.seed,
+            progress=bench.shows.progress,
+        )  # fmt: skip
+    without, with_it = (float(np.median(one.runs_ms)) for one in found)
+    return {"without_ms": without, "with_ms": with_it, "times": with_it / without, "runs": found[0].samples}
+
+
 def _write_golden(bench: Bench, model: Model, folder: Path) -> None:
     """One of the test images with what the engine says of it, for whoever embeds the engine elsewhere."""
     tested = bench.images.test
     _, (first,) = picked(tested, bench.preprocess, [0])
-    checks.write_golden(folder, model, tested.image(first), bench.profile.runtime.precision)
+    precision = "int8" if bench.int8_file() else bench.profile.runtime.precision
+    checks.write_golden(folder, model, tested.image(first), precision)
 
 
 def _slowdown(bench: Bench, dense: Distribution) -> float:
@@ -128,13 +157,19 @@ def _slowdown(bench: Bench, dense: Distribution) -> float:
 
 
 def engine_files(bench: Bench) -> dict[str, Path]:
-    """The engines that are run: dense and pruned, and the dense model in fp32 where these are in another precision."""
+    """The engines that are run: dense and pruned, and the dense model in fp32 where these are in another precision.
+
+    From the stage ``int8`` on, the pruned one is that in int8 if it was kept.
+    """
     runtime, exported = bench.profile.runtime, bench.folders["export"]
     if runtimes.is_tensorrt(runtime.name):
         names = {"dense": "dense", "model": "pruned", "reference": "reference"}
-        return {names[e["model"]]: bench.folders["engines"] / e["file"] for e in product_engines(bench)}
-    files = {"dense": exported / "dense.onnx", "pruned": exported / "model.onnx"}
-    return files | ({"reference": exported / "reference.onnx"} if runtime.precision != "fp32" else {})
+        built = (e for e in product_engines(bench) if e["model"] in names)
+        return {names[e["model"]]: bench.folders["engines"] / e["file"] for e in built}
+    files = {"dense": exported / "dense.onnx", "pruned": bench.int8_file() or exported / "model.onnx"}
+    if runtime.precision == "fp32":
+        return files
+    return files | {"reference": exported / ("dense.onnx" if bench.profile.tells_precision else "reference.onnx")}
 
 
 def product_engines(bench: Bench) -> list[dict[str, Any]]:
@@ -144,11 +179,11 @@ def product_engines(bench: Bench) -> list[dict[str, Any]]:
     return [e for e in built if e["precision"] == precision or e["model"] == "reference"]
 
 
-def open_engine(bench: Bench, path: Path) -> Model:
-    """An engine as a service would have it."""
+def open_engine(bench: Bench, path: Path, precision: str | None = None) -> Model:
+    """An engine as a service would have it; in another precision than the product's where one is named."""
     profile = bench.profile
     kind = parts.load("vitprune_deploy.backends", _backend_name(bench), Backend)  # type: ignore[type-abstract]
-    backend = kind.load(path, threads=profile.budget.threads, options=runtimes.load_options(profile))
+    backend = kind.load(path, threads=profile.budget.threads, options=runtimes.load_options(profile, precision))
     least = profile.input.batch.min if runtimes.is_tensorrt(profile.runtime.name) else 1
     return Model(backend, bench.preprocess, bench.class_names, profile.input.batch.max, least)
 
@@ -162,7 +197,8 @@ def _engine_parity(bench: Bench, logits: np.ndarray) -> dict[str, Any] | None:
     import torch
 
     runtime = bench.profile.runtime
-    if not runtimes.is_tensorrt(runtime.name) and runtime.provider.lower() in ("cpu", "cpuexecutionprovider"):
+    plain = runtime.name == "onnxruntime" and runtime.provider.lower() in ("cpu", "cpuexecutionprovider")
+    if plain and not bench.int8_file():
         return None
     # in the order in which the engine had them, unreadable ones left out
     rounds = math.ceil(min(bench.profile.validation.parity_images, len(logits)) / PARITY_BATCH)
@@ -201,7 +237,7 @@ def make_manifest(bench: Bench) -> Manifest:
     profile, found = bench.profile, bench.json("validate", "figures.json")
     exported, searched = bench.json("export", "export.json"), bench.json("search", "search.json")
     # figures.json has a parity where the engine is not the very thing that the export was compared in
-    parity = found["parity"] or exported["parity"][profile.runtime.precision]
+    parity = found["parity"] or exported["parity"][profile.graph_precision]
     plain = {
         "verdict": found["verdict"]["verdict"],
         "reasons": reasons(found, searched),
@@ -221,12 +257,16 @@ def make_manifest(bench: Bench) -> Manifest:
             "images": parity["images"],
             **({"ties": parity["ties"]} if "ties" in parity else {}),
         },
+        "consistency": found["consistency"],
+        "fusion": found["fusion"],
         "engines": _engines(bench),
+        "compatibility": found.get("compatibility"),
         "files": {},
         "name": profile.name,
         "preprocess": bench.preprocess.to_dict(),
         "classes": bench.class_names,
         "search": {name: searched[name] for name in ("status", "reason", "method")},
+        "int8": bench.json("int8", "int8.json"),
     }
     return Manifest.model_validate(plain)
 
@@ -272,8 +312,10 @@ def _engines(bench: Bench) -> list[dict[str, Any]]:
     product = {"runtime": profile.runtime.name, "precision": profile.runtime.precision}
     loads = {"options": runtimes.load_options(profile), "max_batch": profile.input.batch.max}
     entries = []
+    if int8 := bench.int8_file():
+        entries.append({**product, "precision": "int8", "status": "run", "file": f"engine/{int8.name}", **loads})
     if not runtimes.is_tensorrt(profile.runtime.name):
-        entries.append({**product, "status": "run", "file": onnx_name(profile, profile.runtime.precision), **loads})
+        entries.append({**product, "status": "run", "file": onnx_name(profile, profile.graph_precision), **loads})
     for engine in bench.json("engines", "engines.json"):
         if engine["model"] == "model":
             built = {name: engine[name] for name in ("runtime", "precision")}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
     from vitprune.model.vit import Vit
 
+    from ..export.islands import Island
+
+PLAIN = "plain"  # the product's engine without compatibility, which shows what that costs
 DENSE_PARITY_IMAGES = 8  # the dense files are not the product: they only must not be wrong
 
 
@@ -65,7 +69,7 @@ def export_settings(bench: Bench) -> dict[str, Any]:
     return {
         "export": profile.export.model_dump(mode="json"),
         "runtime": profile.runtime.name,
-        "precisions": sorted({profile.runtime.precision, *(e.precision for e in profile.runtime.also_build)}),
+        "precisions": sorted({profile.graph_precision, *(e.precision for e in profile.runtime.also_build)}),
         "input": profile.input.model_dump(mode="json"),
         "parity_images": profile.validation.parity_images,
     }
@@ -77,12 +81,16 @@ def export(bench: Bench, folder: Path) -> None:
 
     profile = bench.profile
     model = bench.pruned
-    wanted = {"dense.onnx": (bench.dense, profile.runtime.precision)}
-    if profile.runtime.precision != "fp32":
+    wanted = {"dense.onnx": (bench.dense, profile.graph_precision)}
+    if profile.graph_precision != "fp32":
         wanted["reference.onnx"] = (bench.dense, "fp32")  # accuracy is judged against it
     precisions = export_settings(bench)["precisions"]
     wanted |= {onnx_name(profile, precision): (model, precision) for precision in precisions}
-    info = {name: _export(bench, which, folder / name, precision) for name, (which, precision) in wanted.items()}
+    islands = {name: bench.islands(which, precision) for name, (which, precision) in wanted.items()}
+    info = {
+        name: _export(bench, which, folder / name, precision, islands[name])
+        for name, (which, precision) in wanted.items()
+    }
     images, parity = parity_images(bench), {}
     for name, (which, precision) in wanted.items():
         found = check_parity(
@@ -95,12 +103,13 @@ def export(bench: Bench, folder: Path) -> None:
         )
         if which is model:
             parity[precision] = asdict(found)
-    write_json(folder / "export.json", {"files": info, "parity": parity})
+    kept = {name: [island._asdict() for island in found] for name, found in islands.items()}
+    write_json(folder / "export.json", {"files": info, "parity": parity, "islands": kept})
 
 
 def onnx_name(profile: Profile, precision: str) -> str:
     """The name of the pruned model's ONNX file: the product's own precision needs no mention."""
-    return "model.onnx" if precision == profile.runtime.precision else f"model.{precision}.onnx"
+    return "model.onnx" if precision == profile.graph_precision else f"model.{precision}.onnx"
 
 
 def parity_images(bench: Bench) -> Tensor:
@@ -135,6 +144,7 @@ def engine_settings(bench: Bench) -> dict[str, Any]:
     runtime = bench.profile.runtime
     return {
         "runtime": runtime.model_dump(mode="json"),
+        "batch_ranges": bench.profile.input.model_dump(mode="json")["batch_ranges"],
         "compute_capability": bench.profile.device.compute_capability,
         "here": [engine.name for engine in runtime.also_build if _installed(engine.name)],
         "device": runtimes.device(bench.profile) if runtimes.is_tensorrt(runtime.name) else None,
@@ -143,7 +153,7 @@ def engine_settings(bench: Bench) -> dict[str, Any]:
 
 def build_engines(bench: Bench, folder: Path) -> None:
     """Build the product's own engine where its runtime needs one, and the further ones whose package is here."""
-    from ..backends.tensorrt import build_engine
+    from ..backends.tensorrt import build_engine, engine_name, sidecar_path
 
     profile, found = bench.profile, []
     config = bench.pruned.config
@@ -152,6 +162,8 @@ def build_engines(bench: Bench, folder: Path) -> None:
         wanted += [("model", profile.runtime.name, profile.runtime.precision, "model.onnx")]
         if profile.runtime.precision != "fp32":
             wanted += [("reference", profile.runtime.name, "fp32", "reference.onnx")]
+        if runtimes.asks_compatibility(profile):
+            wanted += [(PLAIN, profile.runtime.name, profile.runtime.precision, "model.onnx")]
     else:
         wanted = []
     for engine in profile.runtime.also_build:
@@ -160,19 +172,19 @@ def build_engines(bench: Bench, folder: Path) -> None:
         else:
             bench.shows.say(f"{engine.name} is not installed, so its engine is left out")
     for number, (name, runtime, precision, onnx) in enumerate(wanted):
-        plan = f"{name}.{runtime}.{precision}.plan"
-        bench.shows.progress(number, len(wanted), plan)
-        build_engine(
-            bench.folders["export"] / onnx,
-            folder / plan,
-            runtimes.engine_options(profile, config, runtime, cache=folder / "timing.cache"),
-        )
-        found.append({"model": name, "runtime": runtime, "precision": precision, "file": plan, "status": "built"})
-    (folder / "timing.cache").unlink(missing_ok=True)
+        bench.shows.progress(number, len(wanted), f"{name} for {runtime} in {precision}")
+        options, built = runtimes.engine_options(profile, config, runtime, precision), folder / f"{name}.plan"
+        if name == PLAIN:
+            options = replace(options, hardware_compatibility="none", version_compatible=False)
+        sidecar = build_engine(bench.folders["export"] / onnx, built, options)
+        plan = folder / engine_name(name, sidecar)  # the sidecar knows the version and the GPU
+        for one, other in ((built, plan), (sidecar_path(built), sidecar_path(plan))):
+            one.rename(other)
+        found.append({"model": name, "runtime": runtime, "precision": precision, "file": plan.name, "status": "built"})
     write_json(folder / "engines.json", found)
 
 
-def _export(bench: Bench, model: Vit, path: Path, precision: str) -> dict[str, Any]:
+def _export(bench: Bench, model: Vit, path: Path, precision: str, islands: Sequence[Island]) -> dict[str, Any]:
     from ..export.onnx import export_onnx, metadata_json
 
     profile, config = bench.profile, model.config
@@ -191,6 +203,7 @@ def _export(bench: Bench, model: Vit, path: Path, precision: str) -> dict[str, A
             **({} if model is bench.dense else {"plan_sha256": sha256_file(bench.folders["search"] / "plan.yaml")}),
         ),
         names=("images", "logits" if config.classes else "features"),
+        islands=islands,
     )
     return asdict(info)
 

@@ -15,8 +15,8 @@ import vitprune
 from ..console import Console
 from ..profile import Profile
 from ..stages import Stages
-from . import choose, judge, make, prepare, screen
-from .bench import METHODS, RANKINGS, Bench
+from . import choose, int8, judge, make, prepare, screen
+from .bench import INT8, METHODS, RANKINGS, Bench
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +70,16 @@ STAGES = (
     ),
     Stage("engines", ("export",), ("engines.json",), make.engine_settings, (), make.build_engines),
     Stage(
-        "validate", ("model", "images", "search", "recover", "export", "engines"), ("figures.json",),
+        "int8", ("model", "images", "export", "engines"), (INT8,), int8.int8_settings,
+        ("onnxruntime", "openvino", "nncf"), int8.try_int8,
+    ),
+    Stage(
+        "validate", ("model", "images", "search", "recover", "export", "engines", "int8"), ("figures.json",),
         judge.validation_settings, (), judge.validate,
     ),
     Stage(
-        "report", ("model", "images", "measure", "losses", "search", "recover", "export", "engines", "validate"),
+        "report",
+        ("model", "images", "measure", "losses", "search", "recover", "export", "engines", "int8", "validate"),
         ("report.html", "manifest.json"), judge.report_settings, (), judge.report,
     ),
 )  # fmt: skip

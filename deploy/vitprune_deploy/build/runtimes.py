@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vitprune.errors import InputError
 
 from ..backends.base import Backend
+from ..cache import cache_dir
 from ..latency.fingerprint import device_fingerprint
 from ..profile import Profile
 
@@ -43,6 +43,10 @@ def loader(profile: Profile) -> Loader:
         MissingError: when called, if the runtime or its device is not here.
     """
     runtime, threads = profile.runtime, profile.budget.threads
+    if runtime.name == "openvino":
+        from ..latency.wholes import openvino_loader
+
+        return openvino_loader(threads, load_options(profile))
     if not is_tensorrt(runtime.name):
         from ..latency.wholes import onnxruntime_loader
 
@@ -60,13 +64,21 @@ def loader(profile: Profile) -> Loader:
     return load
 
 
-def load_options(profile: Profile) -> dict[str, Any]:
-    """Options of ``Backend.load`` for the profile's runtime."""
-    if is_tensorrt(profile.runtime.name):
-        return {"cuda": CUDA_PACKAGES[profile.runtime.cuda]}
-    options = dict(profile.runtime.options)
+def load_options(profile: Profile, precision: str | None = None) -> dict[str, Any]:
+    """Options of ``Backend.load`` for the profile's runtime, in the profile's precision by default."""
+    from ..backends import _ort_plugins
+
+    runtime = profile.runtime
+    precision = precision or runtime.precision
+    if is_tensorrt(runtime.name):
+        return {"cuda": CUDA_PACKAGES[runtime.cuda]}
+    options: dict[str, Any] = dict(runtime.options)
+    if runtime.name == "openvino":
+        return {"precision": precision, **options}
     ours = {name: options.pop(name) for name in ("cpu_nodes",) if name in options}
-    return {"provider": profile.runtime.provider, "provider_options": options, **ours}
+    if profile.tells_precision:
+        options = _ort_plugins.precision_options(precision, str(options.get("device_type", "CPU"))) | options
+    return {"provider": runtime.provider, "provider_options": options, **ours}
 
 
 def device(profile: Profile) -> dict[str, Any]:
@@ -76,30 +88,38 @@ def device(profile: Profile) -> dict[str, Any]:
     return device_fingerprint(f"{name} {_version(profile.runtime.name)}", provider, profile.budget.threads)
 
 
-def engine_options(profile: Profile, config: VitConfig, runtime: str, cache: Path | None = None) -> EngineOptions:
+def engine_options(profile: Profile, config: VitConfig, runtime: str, precision: str | None = None) -> EngineOptions:
     """How the engine of the shipped model is built: the shapes of the profile's input section."""
     from ..backends.tensorrt import EngineOptions, Shapes
 
-    batch, (height, width) = profile.input.batch, config.image_size
+    height, width = config.image_size
     sides = [profile.input.dynamic_height, profile.input.dynamic_width]
     least = [side.min if side else size for side, size in zip(sides, (height, width), strict=True)]
     most = [side.max if side else size for side, size in zip(sides, (height, width), strict=True)]
-    images = Shapes(
-        min=(batch.min, config.channels, *least),
-        opt=(batch.opt, config.channels, height, width),
-        max=(batch.max, config.channels, *most),
-    )
+    shapes = [
+        Shapes(
+            min=(batch.min, config.channels, *least),
+            opt=(batch.opt, config.channels, height, width),
+            max=(batch.max, config.channels, *most),
+        )
+        for batch in profile.input.batch_ranges or (profile.input.batch,)
+    ]
     capabilities = profile.runtime.compute_capabilities
     if not capabilities and profile.device.compute_capability and runtime == "tensorrt-rtx":
         capabilities = (profile.device.compute_capability,)
     return EngineOptions(
-        profiles=({"images": images},),
-        module=module(runtime),
+        profiles=tuple({"images": images} for images in shapes),
+        precision=precision,
         compute_capabilities=capabilities,
-        workspace_mb=_workspace_mb(profile),
-        timing_cache=cache,
-        timeout_s=profile.runtime.build_timeout_s,
+        refit=profile.runtime.refit,
+        **_common_options(profile, runtime),
     )
+
+
+def asks_compatibility(profile: Profile) -> bool:
+    """Whether the product's engine is to serve other GPUs or versions of TensorRT too, which has a price."""
+    runtime = profile.runtime
+    return runtime.name == "tensorrt" and (runtime.hardware_compatibility != "none" or runtime.version_compatible)
 
 
 def _fixed(path: Path, sizes: Mapping[str, int], profile: Profile) -> EngineOptions:
@@ -113,13 +133,21 @@ def _fixed(path: Path, sizes: Mapping[str, int], profile: Profile) -> EngineOpti
         dims = value.type.tensor_type.shape.dim
         shape = tuple(sizes[d.dim_param] if d.dim_param else d.dim_value for d in dims)
         shapes[value.name] = Shapes(shape, shape, shape)
-    base = EngineOptions(profiles=(shapes,), module=module(profile.runtime.name))
-    return replace(
-        base,
-        workspace_mb=_workspace_mb(profile),
-        timeout_s=profile.runtime.build_timeout_s,
-        timing_cache=path.parent / "timing.cache",
-    )
+    return EngineOptions(profiles=(shapes,), **_common_options(profile, profile.runtime.name))
+
+
+def _common_options(profile: Profile, runtime: str) -> dict[str, Any]:
+    """What the engines that are only timed share with the one that is shipped: it has a say in their speed."""
+    classic = runtime == "tensorrt"  # the others have no such compatibility
+    folder = cache_dir()
+    return {
+        "module": module(runtime),
+        "hardware_compatibility": profile.runtime.hardware_compatibility if classic else "none",
+        "version_compatible": profile.runtime.version_compatible and classic,
+        "workspace_mb": _workspace_mb(profile),
+        "timing_cache": folder / "timings" if folder else None,
+        "timeout_s": profile.runtime.build_timeout_s,
+    }
 
 
 def _workspace_mb(profile: Profile) -> int | None:
@@ -141,7 +169,7 @@ def _version(name: str) -> str:
     if not is_tensorrt(name):
         from ..backends.onnxruntime import DISTRIBUTIONS
 
-        candidates: tuple[str, ...] = DISTRIBUTIONS
+        candidates: tuple[str, ...] = ("openvino",) if name == "openvino" else DISTRIBUTIONS
     else:
         candidates = (name, f"{name}-cu13", f"{name}-cu12", name.replace("-", "_"))
     for candidate in candidates:

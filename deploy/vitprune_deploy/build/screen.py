@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bench import METHOD_WEIGHTS, METHODS, Bench, save_weights, write_json
+from .bench import METHOD_WEIGHTS, METHODS, OWN_COUNTS, Bench, save_weights, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +23,7 @@ def screen_settings(bench: Bench) -> dict[str, Any]:
     return {
         "methods": [method.name for method in bench.candidates()],
         "holdout": bench.profile.search.holdout_images,
+        "own": _own(bench),
     }
 
 
@@ -38,6 +39,29 @@ def screen(bench: Bench, folder: Path) -> None:
         bench.shows.say(f"loss at the same token counts: {shown}; {' and '.join(kept)} are searched")
         names = [name for name in names if name in kept]
     write_json(folder / METHODS, {"searched": names, "losses": losses})
+    if _own(bench) is not None:
+        search_own_counts(bench, names[0], weights.get(names[0], {}), folder)
+
+
+def search_own_counts(bench: Bench, name: str, weights: dict[str, Tensor], folder: Path) -> None:
+    """Find the counts by the search of the method's own authors, as the profile asks for it."""
+    from vitprune.search.own import search_own
+
+    bench.schedule()  # refuses what the method cannot do
+    images, number = bench.search_images[:CALIBRATION], _own(bench)
+    assert number is not None
+    found = search_own(name, bench.dense, images, number, bench.shows.progress)
+    # the search tells of the blocks that it reduces; the losses of others are measured too
+    save_weights({**weights, **found.method_weights}, folder / f"{name}{METHOD_WEIGHTS}")
+    write_json(folder / OWN_COUNTS, list(found.patches))
+    bench.shows.say(f"{name}'s own search leaves {' '.join(map(str, found.patches))} patches")
+
+
+def _own(bench: Bench) -> float | None:
+    """The number for the method's own search, where the profile asks for that."""
+    from vitprune.search.own import own_number
+
+    return own_number(bench.profile.prune.tokens.schedule)
 
 
 def calibrate(bench: Bench, names: list[str], folder: Path) -> dict[str, dict[str, Tensor]]:

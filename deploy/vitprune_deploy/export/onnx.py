@@ -7,6 +7,7 @@ what names files of this machine (stack traces of every node) is left out, so th
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import json
@@ -27,9 +28,11 @@ from vitprune import __version__
 from vitprune.errors import InputError, NotSupported
 
 from ..artifact import TEMPORARY, flush, sha256_file, writing
+from .islands import Island
 from .precision import in_precision, opset_for
 
 METADATA_PREFIX = "vitprune."
+NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # the exporter's module of what no module asked for
 EXTERNAL_DATA_FROM_BYTES = 1_900_000_000  # a protobuf message ends at 2 GB
 # value: why the runtimes that we serve cannot take the node, or take it and compute something else
 FORBIDDEN = {
@@ -69,6 +72,7 @@ class ExportInfo:
         sha256: of the .onnx file.
         size_bytes: of the .onnx file and its external data together.
         external_data: name of the file beside it that holds the weights; None: they are inside.
+        weights: how many numbers there are among the weights of each format, floats alone: float32, float16, bfloat16.
     """
 
     opset: int
@@ -77,6 +81,7 @@ class ExportInfo:
     sha256: str
     size_bytes: int
     external_data: str | None
+    weights: dict[str, int]
 
 
 def export_onnx(
@@ -89,6 +94,7 @@ def export_onnx(
     opset: int | None = None,
     metadata: Mapping[str, str] | None = None,
     names: tuple[str, str] = ("images", "logits"),
+    islands: Sequence[Island] = (),
 ) -> ExportInfo:
     """Write a ``Vit`` as ONNX: ``images`` [batch, channels, height, width] fp32 to ``logits`` [batch, classes] fp32.
 
@@ -100,6 +106,7 @@ def export_onnx(
         opset: None: see ``opset_for``.
         metadata: strings for the file's metadata_props, their keys without the prefix ``vitprune.``.
         names: of the input and the output.
+        islands: operations that stay in fp32 whatever the precision; see ``islands.find_islands``.
 
     Raises:
         InputError: a range is empty or is not made of whole patches, or the precision is unknown.
@@ -116,7 +123,7 @@ def export_onnx(
             axes[axis] = found
     weights = next(model.parameters())
     return export_module(
-        in_precision(model, precision),
+        in_precision(model, precision, islands),
         (torch.zeros(sizes, dtype=torch.float32, device=weights.device),),
         path,
         dynamic=[axes],
@@ -153,13 +160,15 @@ def export_module(
     _refuse_forbidden(graph)
     requested = {name: dict(axes) for name, axes in zip(names[0], dynamic, strict=True) if axes}
     _name_axes(graph, requested)
+    _name_nodes(graph)
     _anonymise(program)
-    props = {"version": __version__, "torch": torch.__version__, **(metadata or {})}
+    weights = _weights(graph)
+    props = {"version": __version__, "torch": torch.__version__, **metadata_json(weights=weights), **(metadata or {})}
     program.metadata_props.update({METADATA_PREFIX + key: str(value) for key, value in sorted(props.items())})
     nodes = Counter(f"{node.domain}:{node.op_type}" if node.domain else node.op_type for node in graph.all_nodes())
     sha256, size_bytes, external = _save(program, path)
     axes = {name: {axis: a.name for axis, a in found.items()} for name, found in requested.items()}
-    return ExportInfo(opset, dict(nodes.most_common()), axes, sha256, size_bytes, external)
+    return ExportInfo(opset, dict(nodes.most_common()), axes, sha256, size_bytes, external, weights)
 
 
 def metadata_json(**values: Any) -> dict[str, str]:
@@ -294,6 +303,20 @@ def _name_axes(graph: Any, requested: Mapping[str, Mapping[int, Axis]]) -> None:
                 raise NotSupported(f"the exporter fixed batch of the output {value.name} to {value.shape[0]}")
 
 
+def _name_nodes(graph: Any) -> None:
+    """Name each node by the module that it comes from, as in ``blocks.3.attn/Softmax_17``: runtimes keep such names."""
+    for number, node in enumerate(graph.all_nodes()):
+        # paths of modules from the outermost to the innermost, and at last the exporter's name of the call
+        *scopes, _ = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['', '']"))
+        module = _unwrapped(scopes[-1] if scopes else "").removeprefix(NO_MODULE)
+        node.name = f"{module}/{node.op_type}_{number}" if module else f"{node.op_type}_{number}"
+
+
+def _unwrapped(name: str) -> str:
+    """A module's or a weight's name without our wrappers' names for what they hold."""
+    return f"{name}.".removeprefix("module.").removeprefix("model.").removesuffix(".")
+
+
 def _anonymise(program: Any) -> None:
     """Drop stack traces and the exporter's own shapes of inner values, which use other names for the axes."""
     graph = program.graph
@@ -310,7 +333,16 @@ def _anonymise(program: Any) -> None:
     for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
         value.metadata_props.clear()
     for value in list(graph.initializers.values()):
-        value.name = value.name.removeprefix("module.").removeprefix("model.")  # our wrappers' names for what they hold
+        value.name = _unwrapped(value.name)
+
+
+def _weights(graph: Any) -> dict[str, int]:
+    """How many numbers there are among the graph's weights, by format, floats alone."""
+    found: Counter[str] = Counter()
+    for value in graph.initializers.values():
+        if value.dtype.is_floating_point():
+            found[value.dtype.numpy().name] += value.const_value.size
+    return dict(found)
 
 
 def _save(program: Any, path: Path) -> tuple[str, int, str | None]:

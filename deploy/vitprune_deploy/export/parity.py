@@ -1,5 +1,8 @@
 """Does the exported file compute what the torch model does? Asked at several batch and image sizes, ties told apart.
 
+A file in bf16, for which ONNX Runtime has no kernels on a CPU, is run as ``in_fp32`` writes it out: first without the
+rounding of results, compared with a model of the same weights, which shows that the graph is right; then with it.
+
 Outputs alone cannot be compared where tokens are selected: two scores that differ in the last bit may change places,
 and then other tokens stay. So an image whose outputs differ is judged a second time: torch follows, at every top-k
 and sort, the order that ONNX Runtime chose. That image is a tie if this order is one of torch's own scores too, up to
@@ -8,6 +11,7 @@ and sort, the order that ONNX Runtime chose. That image is a tie if this order i
 
 from __future__ import annotations
 
+import copy
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +28,8 @@ from torch.overrides import TorchFunctionMode
 from vitprune.errors import InputError, NotSupported
 from vitprune.model.vit import Vit
 
+from .in_fp32 import write_in_fp32
+
 
 class Tolerance(NamedTuple):
     """How far two computations of the same may lie apart.
@@ -38,8 +44,10 @@ class Tolerance(NamedTuple):
 
 
 # fp32: sums of some thousand products in another order, through a dozen layers; a wrong token is off by 1e-2 and more.
-# fp16: 11 bits instead of 24 at every step.
-TOLERANCES = {"fp32": Tolerance(1e-4, 1e-4), "fp16": Tolerance(2e-2, 2e-2)}
+# fp16: 11 bits instead of 24 at every step; bf16: 8.
+TOLERANCES = {"fp32": Tolerance(1e-4, 1e-4), "fp16": Tolerance(2e-2, 2e-2), "bf16": Tolerance(1.6e-1, 1.6e-1)}
+UNROUNDED = Tolerance(1e-2, 1e-2)  # of a bf16 graph in fp32: the scale of attention is a number in bf16
+UNROUNDED_IMAGES = 16
 
 
 class Case(NamedTuple):
@@ -88,16 +96,18 @@ def check_parity(
             resized to theirs; None: random ones, one batch for each case.
         batches: batch sizes; a file with a fixed batch is compared at that.
         image_sizes: heights and widths in pixels; None: the model's own, and where the file's are symbolic a second.
-        precision: of the file; decides on the tolerance where none is given.
+        precision: of the file; decides on the tolerance where none is given, and on how the file is run.
 
     Raises:
         NotSupported: an output differs by more than the tolerance, and not by a tie; the message has the figures.
         InputError: there are no images, or the file fails to run at one of the sizes.
     """
+    if precision == "bf16":
+        _check_unrounded(model, path, images, batches, image_sizes)
     limit = tolerance or TOLERANCES[precision]
     cases = _cases(model, path, batches, image_sizes)
     found: dict[tuple[int, tuple[int, int]], list[_Compared]] = {case: [] for case in cases}
-    with _Ranked(path) as session:
+    with _Ranked(path, precision) as session:
         for (batch, size), part in _deal(model, images, cases):
             found[batch, size].append(_compare(model, session, part, limit))
     results = [_case(*case, compared) for case, compared in found.items()]
@@ -111,6 +121,24 @@ def check_parity(
         images=total,
         cases=tuple(results),
     )
+
+
+def _check_unrounded(
+    model: Vit,
+    path: Path,
+    images: Tensor | None,
+    batches: Sequence[int],
+    image_sizes: Sequence[tuple[int, int]] | None,
+) -> None:
+    """NotSupported if a bf16 graph computes something else than ``model``; the tolerance of bf16 might hide it."""
+    same_weights = copy.deepcopy(model).bfloat16().float()
+    few = None if images is None else images[:UNROUNDED_IMAGES]
+    with tempfile.TemporaryDirectory() as folder:
+        plain = write_in_fp32(path, Path(folder), rounded=False)
+        try:
+            check_parity(same_weights, plain, few, batches=batches, image_sizes=image_sizes, tolerance=UNROUNDED)
+        except NotSupported as error:
+            raise NotSupported(f"{path}, computed in fp32: {str(error).removeprefix(f'{plain}: ')}") from error
 
 
 class _Compared(NamedTuple):
@@ -187,7 +215,7 @@ def _compare(model: Vit, session: _Ranked, images: Tensor, limit: Tolerance) -> 
             raise NotSupported(
                 f"{session.path}: {int(wrong.sum())} of {len(images)} images [{', '.join(map(str, images.shape))}] "
                 f"differ from torch by up to {worst:.3g} where {limit.output * scale:.3g} is allowed, "
-                f"and not because scores are tied; do not use this file"
+                f"and not because scores are tied{session.hint(output)}; do not use this file"
             )
         difference = torch.where(apart, followed, difference)
     return _Compared(len(images), float(difference.max()), agreed, ties)
@@ -251,7 +279,7 @@ class _Follow(TorchFunctionMode):
         spread = args[0].amax(dim, keepdim=True) - args[0].amin(dim, keepdim=True)
         # as good as its own order: at each rank, the score that is there is the score that belongs there
         good = (values - result.values).abs() <= self._tolerance * spread
-        self.tied &= good.flatten(1).all(1).cpu()
+        self.tied &= good.flatten(1).all(1).cpu() if good.ndim > 1 else good.all().cpu()  # one ranking for all images
         return type(result)((values, order))
 
 
@@ -264,17 +292,26 @@ def _dim(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 class _Ranked:
     """An ONNX file in ONNX Runtime on the CPU, and a second form of it that also tells how it ranked."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._session = _open(path)
+    def __init__(self, path: Path, precision: str) -> None:
+        self.path, self._precision = path, precision
+        self._folder = tempfile.TemporaryDirectory()
+        bf16 = precision == "bf16"
+        self._file = write_in_fp32(path, Path(self._folder.name), rounded=True) if bf16 else path
+        self._session = _open(self._file)
         self._telling: Any = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> _Ranked:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._session = self._telling = None
+        self._folder.cleanup()
+
+    def hint(self, output: Tensor) -> str:
+        """What may lie behind an ``output`` in fp16 that is no number."""
+        if self._precision != "fp16" or output.isfinite().all():
+            return ""
+        return "; they are no numbers, so something left the range of fp16, which ends at 65504: bf16 would hold it"
 
     def run(self, images: Tensor) -> Tensor:
         """The first output for ``images``."""
@@ -284,11 +321,11 @@ class _Ranked:
 
     def rankings(self, images: Tensor) -> list[Tensor]:
         """Indices of each ranking of floats, in the order of the graph."""
-        names = _top_k(self.path)
+        names = _top_k(self._file)
         if not names:
             return []
         if self._telling is None:
-            self._telling = _open_with_outputs(self.path, [name for pair in names for name in pair])
+            self._telling = _open_with_outputs(self._file, [name for pair in names for name in pair])
         outputs = _run(self._telling, [name for pair in names for name in pair], images, self.path)
         pairs = zip(outputs[::2], outputs[1::2], strict=True)
         return [torch.from_numpy(order) for values, order in pairs if np.issubdtype(values.dtype, np.floating)]

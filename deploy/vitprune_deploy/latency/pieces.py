@@ -21,7 +21,7 @@ from vitprune.model.vit import Block, Vit
 from vitprune.tokens.base import Place, Reducer
 
 from ..export.onnx import Axis, export_module
-from ..export.precision import opset_for
+from ..export.precision import DTYPES, opset_for
 
 TOKENS, KEEP = Axis("tokens", 3, 1 << 20), Axis("keep", 2, 1 << 20)
 EXAMPLE = {"tokens": 23, "keep": 16}  # sizes while exporting; no method removes more than half
@@ -34,7 +34,7 @@ class PieceFiles:
         model: whose parts; it stays as it is.
         folder: where the files go.
         batch: images of one call; fixed, since a symbolic one makes exporting slower.
-        precision: fp32 or fp16; parts in fp16 take and give fp16 tokens, as they do inside a model.
+        precision: fp32, fp16 or bf16; parts take and give tokens in it, as they do inside a model.
         runtime: what will run them; decides the opset.
 
     Raises:
@@ -45,7 +45,7 @@ class PieceFiles:
         self.block = only_block(model.config)
         self._model, self._folder, self._batch = model, folder, batch
         self._kind: type[Block] = type(model.blocks[0])  # type: ignore[assignment]
-        self._dtype = torch.float16 if precision == "fp16" else torch.float32
+        self._dtype = DTYPES[precision]
         self._opset = opset_for(precision, runtime)
 
     def attention(

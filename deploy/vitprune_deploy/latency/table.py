@@ -19,7 +19,7 @@ from vitprune.search.latency import Circumstances, LatencyTable, Levels, Timed
 from vitprune.search.latency import Pieces as Times
 
 from ..artifact import canonical_sha256
-from ..export.precision import opset_for
+from ..export.precision import DTYPES, opset_for
 from .fingerprint import compare, device_fingerprint, identity
 from .pieces import TOKENS, PieceFiles, only_block, spread
 from .protocol import Measurement, Progress
@@ -44,6 +44,7 @@ class Request:
         heads, mlp: levels of a block's heads and MLP units; all of them are one in any case, 0 costs nothing.
         methods: token methods whose reductions are measured; whole models use the first.
         runtime, precision: as a profile names them.
+        told: the runtime is told the precision beside graphs in fp32.
         seconds: time to finish in, exporting included; with less, figures get wider intervals.
         seed: draws random plans and the order of visits.
     """
@@ -56,6 +57,7 @@ class Request:
     methods: tuple[TokenMethod, ...] = ()
     runtime: str = "onnxruntime"
     precision: str = "fp32"
+    told: bool = False
     seconds: float = 240.0
     seed: int = 0
 
@@ -63,6 +65,11 @@ class Request:
     def method(self) -> TokenMethod | None:
         """The token method of whole models."""
         return self.methods[0] if self.methods else None
+
+    @property
+    def graph_precision(self) -> str:
+        """The number format of the parts' weights."""
+        return "fp32" if self.told else self.precision
 
     @property
     def prefix_only(self) -> bool:
@@ -121,7 +128,7 @@ def measure_table(
     end = time.monotonic() + request.seconds
     levels = make_levels(model.config, request)
     work = work / f"{shape_key(model.config)[:12]}-{request.precision}-batch{request.batch}"
-    files = PieceFiles(model, work, request.batch, request.precision, request.runtime)
+    files = PieceFiles(model, work, request.batch, request.graph_precision, request.runtime)
     parts = _parts(levels, request)
     paths = _export_parts(files, parts, _phase(progress, 0, 300))
     plans = _anchors(levels, len(model.config.blocks), request)
@@ -158,7 +165,7 @@ def make_levels(config: VitConfig, request: Request) -> Levels:
         if min(asked) < 1 or max(asked) > most:
             raise InputError(f"levels of {name} must lie in 0 to {most}, got {sorted(asked)}")
         grid[name] = tuple(sorted(asked, reverse=True))
-    width = 2 if request.precision == "fp16" else 4
+    width = DTYPES[request.graph_precision].itemsize
     return Levels(
         prefix=config.prefix,
         head_bytes=width * config.dim * 2 * (block.qk_dim + block.v_dim),
@@ -351,8 +358,8 @@ def _export_wholes(
             slim(model, counts, request.method),
             work / f"{name}-{canonical_sha256(counts.to_dict())[:12]}.onnx",
             batch=request.batch,
-            precision=request.precision,
-            opset=opset_for(request.precision, request.runtime),
+            precision=request.graph_precision,
+            opset=opset_for(request.graph_precision, request.runtime),
         )
         if progress:
             progress(number + 1, len(plans), f"export {name}")
@@ -365,7 +372,7 @@ def _reference(
     """A whole block as the reference of all, on one image where a batch takes long; and what runs it where."""
     sizes = {"tokens": levels.prefix + levels.tokens[0]}
     for batch in dict.fromkeys([request.batch, 1]):
-        files = PieceFiles(model, work / f"reference{batch}", batch, request.precision, request.runtime)
+        files = PieceFiles(model, work / f"reference{batch}", batch, request.graph_precision, request.runtime)
         path = files.whole_block()
         reference = subject("reference", path, load, sizes)
         if min(reference.run() for _ in range(3)) <= LONG_MS:

@@ -6,7 +6,7 @@ Latency does not depend on the values of weights, so a model of the right shapes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from vitprune.search.counts import Counts, TokenMethod
 from vitprune.search.latency import Levels
 from vitprune.surgery import prune
 
-from ..backends.base import Backend
+from ..backends.base import Backend, number_format
+from ..export.islands import Island
 from ..export.onnx import export_onnx
 from .pieces import KEEP, TOKENS
 from .protocol import ANCHOR_HALF_WIDTH, Measurement, Progress, measure
@@ -43,6 +44,17 @@ def onnxruntime_loader(threads: int | None, options: Mapping[str, Any] | None = 
     return load
 
 
+def openvino_loader(threads: int | None, options: Mapping[str, Any] | None = None) -> Loader:
+    """Loads files into OpenVINO, with sizes fixed as ``onnxruntime_loader`` does; ``options`` as its backend knows."""
+    from ..backends.openvino import OpenVino
+
+    def load(path: Path, sizes: Mapping[str, int]) -> Backend:
+        fixed = {name: size for name, size in sizes.items() if name in PART_AXES}
+        return OpenVino.load(path, threads=threads, options={**(options or {}), "sizes": fixed})
+
+    return load
+
+
 def is_part(sizes: Mapping[str, int]) -> bool:
     """Whether these are the sizes of a part of a model: its tokens are on the GPU before it runs, and stay there."""
     return any(name in sizes for name in PART_AXES)
@@ -56,7 +68,7 @@ def subject(name: str, path: Path, load: Loader, sizes: Mapping[str, int]) -> Su
     for spec in model.inputs:
         shape = [size if isinstance(size, int) else sizes[size] for size in spec.shape]
         noise = np.ones(shape) if spec.name in ("size", "keep") else rng.standard_normal(shape)
-        feed[spec.name] = noise.astype(spec.dtype)
+        feed[spec.name] = noise.astype(number_format(spec.dtype))
     return Subject.of(name, model, feed)
 
 
@@ -78,10 +90,11 @@ def export_whole(
     image_size: Any = None,
     precision: str = "fp32",
     opset: int | None = None,
+    islands: Sequence[Island] = (),
 ) -> Path:
     """The model as ``path``, as ``export_onnx`` takes all this; a file that is there already is taken for it."""
     if not path.is_file():
-        export_onnx(model, path, batch=batch, image_size=image_size, precision=precision, opset=opset)
+        export_onnx(model, path, batch=batch, image_size=image_size, precision=precision, opset=opset, islands=islands)
     return path
 
 

@@ -17,8 +17,15 @@ Problem = tuple[str, str]
 Rule = Callable[[Any], Iterator[Problem]]
 
 RULES: list[Rule] = []
+BF16_CAPABILITY = 8.0  # Ampere, the first with bf16 in its Tensor Cores
+BF16_OPSET = 22  # the first in which a convolution may be in bf16
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # tensorrt_rtx.ComputeCapability, 1.7
-PROVIDERS = ("cpu", "cuda", "tensorrt", "openvino", "coreml", "directml")  # short for ...ExecutionProvider
+NOT_RTX = {  # what TensorRT-RTX has in place of what it has not
+    "hardware_compatibility": "; TensorRT-RTX serves the GPUs of runtime.compute_capabilities",
+    "version_compatible": "; TensorRT-RTX has no version compatibility: build the engine again for each version",
+}
+# short for an ...ExecutionProvider
+PROVIDERS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "openvino", "coreml", "directml")
 
 
 class Unknown(Exception):
@@ -53,6 +60,11 @@ def _rule(check: Rule) -> Rule:
     return check
 
 
+def _engines(p: Any) -> list[str]:
+    """The runtimes that ``p`` asks for."""
+    return [p.runtime.name, *(engine.name for engine in p.runtime.also_build)]
+
+
 @_rule
 def _one_latency_budget(p: Any) -> Iterator[Problem]:
     if p.budget.latency_ms is not None and p.budget.speedup is not None:
@@ -79,6 +91,25 @@ def _batches_ascend(p: Any) -> Iterator[Problem]:
     batch = p.input.batch
     if not batch.min <= batch.opt <= batch.max:
         yield "input.batch", f"must ascend, got min {batch.min}, opt {batch.opt}, max {batch.max}"
+
+
+@_rule
+def _batch_ranges_are_the_batch(p: Any) -> Iterator[Problem]:
+    batch, ranges = p.input.batch, p.input.batch_ranges
+    if not ranges:
+        return
+    if not any(name.startswith("tensorrt") for name in _engines(p)):
+        yield "input.batch_ranges", "belongs to TensorRT; other runtimes take all batches alike"
+    for number, one in enumerate(ranges):
+        if not one.min <= one.opt <= one.max:
+            yield f"input.batch_ranges.{number}", f"must ascend, got min {one.min}, opt {one.opt}, max {one.max}"
+    reached = batch.min - 1  # by the ranges so far, from the smallest batch on
+    for one in sorted(ranges, key=lambda one: (one.min, one.max)):
+        if one.min > reached + 1:
+            break
+        reached = max(reached, one.max)
+    if reached != batch.max or min(one.min for one in ranges) != batch.min:
+        yield "input.batch_ranges", f"must make up input.batch, {batch.min}..{batch.max}, without a gap"
 
 
 @_rule
@@ -155,6 +186,23 @@ def _half_precision_pays(p: Any) -> Iterator[Problem]:
             "runtime.precision",
             "fp16 is slower than fp32 on onnxruntime's CPU provider (it computes in fp32); use fp32",
         )
+    if cpu and p.runtime.precision == "bf16":
+        yield "runtime.precision", "bf16 does not run on onnxruntime's CPU provider, it has no kernels for it; use fp32"
+
+
+@_rule
+def _bf16_is_there(p: Any) -> Iterator[Problem]:
+    wanted = [("runtime.precision", p.runtime.precision)]
+    wanted += [(f"runtime.also_build.{i}.precision", engine.precision) for i, engine in enumerate(p.runtime.also_build)]
+    gpus = [*p.runtime.compute_capabilities, *([p.device.compute_capability] if p.device.compute_capability else [])]
+    older = [gpu for gpu in gpus if float(gpu) < BF16_CAPABILITY]
+    if "openvino" in (p.runtime.name, p.runtime.provider):  # is told the precision beside a graph in fp32
+        wanted = wanted[1:]
+    for key, precision in wanted:
+        if precision == "bf16" and older:
+            yield key, f"bf16 needs compute capability {BF16_CAPABILITY} or later, the profile has {older[0]}; use fp16"
+        if precision == "bf16" and p.export.opset != "auto" and p.export.opset < BF16_OPSET:
+            yield "export.opset", f"must be at least {BF16_OPSET} for bf16, got {p.export.opset}"
 
 
 @_rule
@@ -165,9 +213,29 @@ def _rtx_serves_the_gpu(p: Any) -> Iterator[Problem]:
     for capability in p.runtime.compute_capabilities:
         if capability not in RTX_CAPABILITIES:
             yield "runtime.compute_capabilities", f"{served}, got {capability}"
-    engines = [p.runtime.name, *(engine.name for engine in p.runtime.also_build)]
-    if p.runtime.compute_capabilities and "tensorrt-rtx" not in engines:
+    if p.runtime.compute_capabilities and "tensorrt-rtx" not in _engines(p):
         yield "runtime.compute_capabilities", "only TensorRT-RTX builds for other GPUs than the one at hand"
+
+
+@_rule
+def _tensorrt_has_what_is_asked(p: Any) -> Iterator[Problem]:
+    engines, runtime = _engines(p), p.runtime
+    asked = {
+        "hardware_compatibility": runtime.hardware_compatibility != "none",
+        "version_compatible": runtime.version_compatible,
+    }
+    for key in (key for key, wanted in asked.items() if wanted and "tensorrt" not in engines):
+        yield f"runtime.{key}", f"belongs to tensorrt{NOT_RTX[key] if 'tensorrt-rtx' in engines else ''}"
+    if runtime.refit and not any(name.startswith("tensorrt") for name in engines):
+        yield "runtime.refit", "belongs to TensorRT; other runtimes read new weights from a new model.onnx"
+
+
+@_rule
+def _int8_is_tried_on_processors(p: Any) -> Iterator[Problem]:
+    if p.runtime.try_int8 and p.runtime.name not in ("onnxruntime", "openvino"):
+        yield "runtime.try_int8", f"belongs to onnxruntime and openvino, and runtime.name is {p.runtime.name}"
+    if p.runtime.try_int8 and p.runtime.provider not in ("cpu", "CPUExecutionProvider", "openvino"):
+        yield "runtime.try_int8", f"belongs to processors, and runtime.provider is {p.runtime.provider}"
 
 
 @_rule

@@ -16,7 +16,7 @@ Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Pixels = Annotated[int, Field(ge=1, le=16_384)]
 Seconds = Annotated[float, Field(gt=0, le=1e8)]
 Percent = Annotated[float, Field(gt=1, le=100)]
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "bf16"]
 
 # A path in a profile is relative to the file in which it stands; the reader makes it absolute.
 ProfilePath = Annotated[str, Field(min_length=1, json_schema_extra={"format": "path"})]

@@ -160,10 +160,27 @@ class Runtime(Section):
         default=(),
         description="GPUs that a TensorRT-RTX engine is built for; empty: the device's, or all that RTX serves",
     )
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = Field(
+        default="none",
+        description="other GPUs that a TensorRT engine serves, at a price in speed: Ampere and later, or those of the "
+        "device's compute capability; none: the very GPU",
+    )
+    version_compatible: bool = Field(
+        default=False, description="whether later versions of TensorRT load the engine too, at a price in speed"
+    )
+    refit: bool = Field(
+        default=False,
+        description="whether a TensorRT engine takes new weights of the same plan later ('vitprune-deploy refit')",
+    )
     cuda: Literal["auto", "pycuda", "cuda-bindings"] = Field(
         default="auto", description="what holds TensorRT's buffers"
     )
     build_timeout_s: Seconds = Field(default=1800.0, description="seconds after which an engine build is stopped")
+    try_int8: bool = Field(
+        default=False,
+        description="try the pruned model in int8 too: it is shipped where it is measured to be faster and holds the "
+        "accuracy floors, and left out with the reason otherwise; onnxruntime and openvino on processors",
+    )
     also_build: tuple[Engine, ...] = Field(
         default=(),
         description="engines built as well where their package is installed; not run, and the manifest says so",
@@ -190,12 +207,20 @@ def _batch(value: object) -> object:
     return {"min": value, "opt": value, "max": value} if isinstance(value, int) else value
 
 
+BatchRange = Annotated[
+    Batch, BeforeValidator(_batch, json_schema_input_type=int | dict[Literal["min", "opt", "max"], int])
+]
+
+
 class Input(Section):
     """Shapes that the engine must take."""
 
-    batch: Annotated[
-        Batch, BeforeValidator(_batch, json_schema_input_type=int | dict[Literal["min", "opt", "max"], int])
-    ] = Field(default=Batch(), description="batch sizes: one number, or min, opt and max")
+    batch: BatchRange = Field(default=Batch(), description="batch sizes: one number, or min, opt and max")
+    batch_ranges: tuple[BatchRange, ...] = Field(
+        default=(),
+        description="ranges that TensorRT tunes one by one, as optimisation profiles, such as [1, {min: 2, opt: 8, "
+        "max: 32}]; together they are input.batch; empty: one range",
+    )
     image_size: ImageSize | None = Field(
         default=None, description="pixels: one number, or [height, width]; null: the model's"
     )
@@ -247,7 +272,8 @@ class Tokens(Section):
     )
     schedule: str | dict[Annotated[int, Field(ge=0, le=1000)], Count] | None = Field(
         default=None,
-        description="a published one such as published-0.7, or {block: patch tokens that leave it}; null: searched",
+        description="a published one such as published-0.7; own-NUMBER, the search of the method's authors (diffrate: "
+        "share of operations left, psvit: error of a block); or {block: patch tokens that leave it}; null: searched",
     )
     levels: Annotated[int, Field(ge=2, le=256)] | tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         default=16, description="token counts to choose from: how many, or the shares kept such as [1.0, 0.7, 0.5]"
@@ -390,6 +416,16 @@ class Profile(Section):
     def batch(self) -> int:
         """Images in the batch that the budget is about."""
         return self.budget.batch or self.input.batch.opt
+
+    @property
+    def tells_precision(self) -> bool:
+        """Whether the runtime is told what to compute in beside a graph in fp32, as OpenVINO is."""
+        return "openvino" in (self.runtime.name, self.runtime.provider.lower().removesuffix("executionprovider"))
+
+    @property
+    def graph_precision(self) -> str:
+        """The number format of the exported graph."""
+        return "fp32" if self.tells_precision else self.runtime.precision
 
     @property
     def image_size(self) -> tuple[int, int] | None:

@@ -88,6 +88,9 @@ class Facts:
         accuracy: as ``validate.Accuracy.to_dict`` gives it; None: no test images.
         reference_top1: percent, of the dense model in fp32, against which a drop is judged; None: not known.
         parity: as ``validate.Parity.to_dict`` gives it.
+        consistency: as ``validate.Consistency.to_dict`` gives it.
+        fusion: what became of attention: runtime, dense and pruned (each as ``validate.fusion.Attention.to_dict`` gives
+            them), warnings, and unread: why it is not known.
         token_method: what reduces tokens; None: nothing does.
         frontier: the best plan for every budget, by prediction.
         search: the account of the search as ``search.json`` holds it: methods (name -> held-out loss), status, reason,
@@ -121,6 +124,8 @@ class Facts:
     accuracy: Mapping[str, Any] | None = None
     reference_top1: float | None = None
     parity: Mapping[str, Any] | None = None
+    consistency: Mapping[str, Any] | None = None
+    fusion: Mapping[str, Any] | None = None
     token_method: str | None = None
     frontier: tuple[Point, ...] = ()
     search: Mapping[str, Any] | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..validate.consistency import check_row
+from ..validate.fusion import fusion_rows
 from . import figures
 from .facts import Facts, ModelFacts
 from .words import UNKNOWN, count, digits, fallen, megabytes, ms, percent, plain
@@ -29,6 +31,7 @@ def render(facts: Facts) -> str:
     )
     filters: dict[str, Any] = {
         "fallen": fallen, "percent": percent, "plain": plain, "worst_row": worst_row, "engine_row": engine_row,
+        "check_row": check_row,
     }  # fmt: skip
     page.filters.update(filters)
     charts = {
@@ -36,7 +39,7 @@ def render(facts: Facts) -> str:
     }
     return page.get_template("page.html.j2").render(
         facts=facts, word=WORDS[facts.verdict.verdict], charts=charts, rows=comparison(facts), asked=asked(facts),
-        accuracy=facts.accuracy or {}, search=facts.search or {},
+        accuracy=facts.accuracy or {}, search=facts.search or {}, fusion=fusion_rows(facts.fusion),
     ) + "\n"  # fmt: skip
 
 

@@ -52,6 +52,7 @@ class Figures:
         reference_top1: percent, of the dense model in fp32.
         memory_mb: peak of the process's memory that the loaded model added.
         non_finite: images for which the engine gave NaN or infinity.
+        inconsistent: a sentence for each check of ``consistency`` that failed.
         slowdown: the dense model's median time, as a multiple of what it was when the plan was measured.
         drift: by how much the dense model's time varied meanwhile, its 90th minus its 10th percentile over the median.
     """
@@ -66,6 +67,7 @@ class Figures:
     dense_latency: Percentile | None = None
     slowdown: float = 1.0
     drift: float = 0.0
+    inconsistent: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,13 @@ class Verdict:
 
 def judge(limits: Limits, figures: Figures) -> Verdict:
     """The verdict, with a sentence for each limit that was missed or could not be decided."""
-    missed = [*_missed_latency(limits, figures), *_missed_accuracy(limits, figures)]
+    missed = [*_missed_latency(limits, figures), *missed_floors(limits, figures)]
     undecided = _undecided(limits, figures)
     if limits.memory_mb is not None and figures.memory_mb is not None and figures.memory_mb > limits.memory_mb:
         missed.append(f"memory {figures.memory_mb:.0f} MB is over budget.memory_mb {limits.memory_mb:g}")
     if figures.non_finite:
         missed.append(f"the engine gave NaN or infinity for {figures.non_finite} test images")
+    missed += figures.inconsistent
     return Verdict("fail" if missed else "unstable" if undecided else "pass", missed + undecided)
 
 
@@ -104,7 +107,7 @@ def _missed_latency(limits: Limits, figures: Figures) -> list[str]:
     ]
 
 
-def _missed_accuracy(limits: Limits, figures: Figures) -> list[str]:
+def missed_floors(limits: Limits, figures: Figures) -> list[str]:
     """Each floor that the figures lie under; a figure that is not known is no miss, see ``_undecided``."""
     missed = []
     if limits.max_drop is not None and figures.top1 is not None and figures.reference_top1 is not None:

@@ -19,7 +19,7 @@ from ..data import open_split
 from ..profile import Profile
 from .answer import Answer, table
 from .building import open_profile
-from .doctor import EXTRAS, is_installed, try_provider
+from .doctor import EXTRAS, is_installed, try_openvino, try_provider
 from .estimate import duration, estimate
 
 if TYPE_CHECKING:
@@ -93,14 +93,20 @@ def _check_runtime(profile: Profile, engines: Mapping[str, Mapping[str, Any]]) -
         found = engines[name.replace("-", "_")]
         if not (found["builds"] and found["runs"]):
             raise MissingError(f"{name} does not run here, and latency is measured with it: {found['why']}")
+        return
+    if name == "openvino":
+        why = try_openvino(profile.runtime.precision)
     else:
         why = try_provider(ort_backend.find_provider(profile.runtime.provider))
-        if why:
-            raise MissingError(why)
+    if why:
+        raise MissingError(why)
 
 
 def _check_engines(profile: Profile, engines: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises InputError if TensorRT-RTX would have to build for a GPU that the installed one does not serve."""
+    """Raises InputError if TensorRT-RTX would have to build for a GPU that the installed one does not serve.
+
+    And MissingError if its engine is to be refitted, and there is no driver to build such a one with.
+    """
     names = {profile.runtime.name, *(engine.name for engine in profile.runtime.also_build)}
     wanted = profile.runtime.compute_capabilities or (profile.device.compute_capability,)
     served = engines.get("tensorrt_rtx", {}).get("compute_capabilities", [])
@@ -109,6 +115,11 @@ def _check_engines(profile: Profile, engines: Mapping[str, Mapping[str, Any]]) -
         raise InputError(
             f"runtime: the installed TensorRT-RTX builds for compute capabilities {', '.join(served)}, "
             f"not for {', '.join(strange)}; use tensorrt, or set runtime.compute_capabilities"
+        )
+    if "tensorrt-rtx" in names and served and profile.runtime.refit and not engines["tensorrt_rtx"]["gpu"]:
+        raise MissingError(
+            f"runtime.refit: TensorRT-RTX builds engines that can be refitted only where there is an NVIDIA driver: "
+            f"{engines['tensorrt_rtx']['why']}"
         )
 
 

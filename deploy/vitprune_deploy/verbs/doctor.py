@@ -19,6 +19,8 @@ import vitprune
 from vitprune.errors import VitpruneError
 
 from ..backends import onnxruntime as ort_backend
+from ..backends import openvino as openvino_backend
+from ..backends.base import Backend
 from ..backends.tensorrt import capabilities
 from ..latency.fingerprint import device_fingerprint
 from ..latency.gate import RunQueue
@@ -27,6 +29,7 @@ from .answer import Answer, table
 EXTRAS = {  # modules that an extra brings; one package of each is enough to tell
     "prune": ("torch", "torchvision", "timm", "onnx", "onnxscript", "safetensors", "accelerate", "jinja2"),
     "cpu": ("onnxruntime",),
+    "openvino": ("openvino", "nncf"),
     "tensorrt": ("tensorrt", "cuda.bindings"),
     "tensorrt-rtx": ("tensorrt_rtx", "cuda.bindings"),
     "pycuda": ("pycuda",),
@@ -34,7 +37,8 @@ EXTRAS = {  # modules that an extra brings; one package of each is enough to tel
 }
 PACKAGES = (
     "numpy", "pillow", "pydantic", "typer", "rich", "torch", "timm", "onnx", "onnxscript", "safetensors", "accelerate",
-    *ort_backend.DISTRIBUTIONS, "tensorrt", "tensorrt-cu13", "tensorrt_rtx", "cuda-bindings", "pycuda", "ray",
+    *ort_backend.DISTRIBUTIONS, "openvino", "nncf", "tensorrt", "tensorrt-cu13", "tensorrt_rtx", "cuda-bindings",
+    "pycuda", "ray",
 )  # fmt: skip
 REMOTE_PROVIDERS = {"AzureExecutionProvider"}  # it asks a server
 # y = Relu(x), float [1, 2], opset 17: no onnx package is needed to try a provider
@@ -54,6 +58,7 @@ def doctor() -> Answer:
         "extras": {name: [m for m in modules if not is_installed(m)] for name, modules in EXTRAS.items()},
         "torch": _torch(),
         "onnxruntime": _onnxruntime(),
+        "openvino": {p: try_openvino(p) for p in ("fp32", "bf16")} if is_installed("openvino") else {},
         "tensorrt": capabilities(),
         "gate": RunQueue.available(),
     }
@@ -110,11 +115,20 @@ def _onnxruntime() -> dict[str, Any]:
 
 def try_provider(name: str) -> str:
     """Why ONNX Runtime's provider ``name`` does not compute y = max(x, 0) here; empty where it does."""
+    return _try(name, ort_backend.OnnxRuntime, {"provider": name})
+
+
+def try_openvino(precision: str) -> str:
+    """The same of OpenVINO in ``precision``."""
+    return _try("openvino", openvino_backend.OpenVino, {"precision": precision})
+
+
+def _try(name: str, backend: type[Backend], options: Mapping[str, Any]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "relu.onnx")
         path.write_bytes(RELU)
         try:
-            with ort_backend.OnnxRuntime.load(path, options={"provider": name}) as model:
+            with backend.load(path, options=options) as model:
                 found = model.run(np.array([[-1.0, 2.0]], np.float32))
         except VitpruneError as error:
             return str(error)
@@ -128,7 +142,9 @@ def _can(facts: Mapping[str, Any]) -> dict[str, list[str]]:
     working = [name for name, why in facts["onnxruntime"]["providers"].items() if not why]
     modules = {name.replace("_", "-"): found for name, found in facts["tensorrt"].items()}
     return {
-        "run": [f"onnxruntime {name}" for name in working] + [name for name, one in modules.items() if one["runs"]],
+        "run": [f"onnxruntime {name}" for name in working]
+        + [f"openvino in {precision}" for precision, why in facts["openvino"].items() if not why]
+        + [name for name, one in modules.items() if one["runs"]],
         "build engines": [name for name, one in modules.items() if one["builds"]],
         "prune": []
         if facts["extras"]["prune"]
@@ -172,6 +188,7 @@ def _text(facts: Mapping[str, Any]) -> str:
     ]
     packages = [[name, version] for name, version in facts["packages"].items() if version]
     providers = [[name, why or "works"] for name, why in facts["onnxruntime"]["providers"].items()]
+    providers += [[f"openvino in {precision}", why or "works"] for precision, why in facts["openvino"].items()]
     engines = [
         [name, one["version"] or "-", _yes(one["builds"]), _yes(one["runs"]), " ".join(one["compute_capabilities"])]
         for name, one in facts["tensorrt"].items()
@@ -180,7 +197,7 @@ def _text(facts: Mapping[str, Any]) -> str:
     parts = [
         table(rows),
         table(packages, head=["package", "version"]),
-        table(providers, head=["onnxruntime's provider", ""]),
+        table(providers, head=["onnxruntime's provider, or openvino", ""]),
         table(engines, head=["module", "version", "builds", "runs", "for compute capabilities"]),
         table(can, head=["this machine can", ""]),
     ]

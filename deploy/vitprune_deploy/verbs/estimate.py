@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..build.choose import LANDING_SHARE
 from ..build.screen import SEARCHED_METHODS
 from ..build.sizes import sizes
+from ..validate import Served
 
 if TYPE_CHECKING:
     from ..build import Bench
@@ -20,6 +21,7 @@ CANDIDATES = 5  # models that one round of landing measures
 HALF = 0.5  # share of the blocks that a change in an average block makes run again
 TRAINING = 3.0  # a step forward and back costs this many passes forward
 ENGINE_S = 60.0  # building one
+CHECKS = 4  # batches of each shape that the engine's consistency is checked with
 
 
 def estimate(bench: Bench) -> dict[str, float]:
@@ -107,4 +109,5 @@ def _validate(bench: Bench, image_s: float, batch_s: float) -> float:
     timing_s = 2.5 * wanted.runs * batch_s
     if wanted.max_seconds:
         timing_s = min(timing_s, wanted.max_seconds)
-    return timing_s + 2 * len(bench.images.test) * image_s
+    checked = CHECKS * sum(shape.batch for shape in Served.of(bench.profile, bench.dense.config.image_size).shapes())
+    return timing_s + (2 * len(bench.images.test) + checked) * image_s

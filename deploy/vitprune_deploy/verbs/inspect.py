@@ -11,6 +11,7 @@ from vitprune.errors import DamagedFile, InputError
 
 from ..artifact import MANIFEST, Manifest
 from ..backends.tensorrt import read_sidecar
+from . import fusion, soundness
 from .answer import Answer, table
 from .figures import account, block_counts, block_rows
 
@@ -42,10 +43,15 @@ def _folder(folder: Path) -> Answer:
     manifest = Manifest.load(folder)
     damaged = _damaged(manifest, folder)
     parts, data = [account(manifest, folder)], manifest.model_dump(mode="json", by_alias=True)
-    data["damaged"] = damaged
+    data["damaged"], config = damaged, None
     if "model.json" in manifest.files and not any("model.json" in line for line in damaged):
-        data["blocks"] = block_counts(json.loads((folder / "model.json").read_bytes()))
+        config = json.loads((folder / "model.json").read_bytes())
+        data["blocks"] = block_counts(config)
         parts.append(block_rows(data["blocks"], "kept"))
+    told, data["warnings"] = fusion.of_folder(data, config)
+    parts += told
+    if "consistency" in data:
+        parts.append(soundness.consistency_text({"consistency, when built": data["consistency"]}))
     engines = [[e.runtime, e.precision, e.status, (e.model_extra or {}).get("file", "")] for e in manifest.engines]
     parts.append(table(engines, head=["engine", "precision", "status", "file"]))
     parts.append("\n".join(damaged) or f"all {len(manifest.files)} files are what the manifest says")
@@ -84,6 +90,7 @@ def _onnx(path: Path) -> Answer:
         "nodes": dict(census.most_common()),
         "size_bytes": sum(file.stat().st_size for file in [path, *beside]),
         "metadata": {item.key: item.value for item in model.metadata_props},
+        "fusion": fusion.of_file(path, model),
     }
     return Answer(_onnx_text(data), data)
 
@@ -106,7 +113,8 @@ def _onnx_text(data: dict[str, Any]) -> str:
     facts = [["opset", opsets], ["size", f"{data['size_bytes'] / 1e6:.3f} MB"], ["written by", data["producer"]]]
     facts += [[key, _short(value)] for key, value in data["metadata"].items()]
     nodes = [[count, name] for name, count in data["nodes"].items()]
-    return "\n\n".join([table(ends), table(facts), table([*nodes, [sum(data["nodes"].values()), "nodes"]], right=[0])])
+    counted = table([*nodes, [sum(data["nodes"].values()), "nodes"]], right=[0])
+    return "\n\n".join([table(ends), table(facts), counted, *fusion.file_text(data["fusion"])])
 
 
 def _engine(path: Path) -> Answer:

@@ -15,11 +15,12 @@ import numpy as np
 from .. import validate as checks
 from ..artifact import EngineEntry, Manifest, sha256_file, verify
 from ..console import Console
-from ..data import ImageSet, open_split
+from ..data import ImageSet, open_split, picked
 from ..latency.fingerprint import compare, device_fingerprint, machine_state
 from ..latency.protocol import Distribution
 from ..profile import Profile, load_profile
 from ..runtime import Model, load
+from . import soundness
 from .answer import Answer, milliseconds, table
 
 DENSE_FILES = (".work/export-*/dense.onnx", ".work/engines-*/dense.*.plan")  # what a build keeps for its next run
@@ -33,16 +34,18 @@ class Found:
         dense: latency of the dense engine; None: the folder does not hold that engine any more.
         accuracy: of the pruned engine beside the dense one, or beside itself where there is none.
         memory_mb: of the pruned engine.
+        consistency: of each engine that runs here, by its name.
     """
 
     dense: Distribution | None
     pruned: Distribution
     accuracy: checks.Accuracy
     memory_mb: float | None
+    consistency: Mapping[str, checks.Consistency]
 
 
 def validate(console: Console, folder: Path, overrides: Sequence[str]) -> Answer:
-    """Files, accuracy and latency of the engine in ``folder``; code 1 unless the verdict is 'pass'.
+    """Files, accuracy, latency and consistency of the engine in ``folder``; code 1 unless the verdict is 'pass'.
 
     The dense engine is run beside it if the build's work folder still has it. Without it, the budget in milliseconds
     and the dense top-1 are those that the build found.
@@ -59,9 +62,11 @@ def validate(console: Console, folder: Path, overrides: Sequence[str]) -> Answer
         pruned = sessions["pruned"][0]
         classes = json.loads((folder / "model.json").read_bytes())["classes"] or None
         images = open_split(profile.data, class_names=pruned.classes, num_classes=classes, seed=profile.seed).test
+        few, _ = picked(images, pruned.preprocess, range(min(checks.FEW, len(images))))
         golden = checks.compare_golden(folder, manifest, pruned)
         with console.stage("validate", 1, 1):
-            found = _find(console, profile, sessions, images, _memory(folder, manifest, profile))
+            sound = soundness.consistency(folder, manifest, profile, few, console.say)
+            found = _find(console, profile, sessions, images, sound, _memory(folder, manifest, profile))
         here = device_fingerprint(pruned.backend.runtime, pruned.backend.provider, profile.budget.threads)
     verdict, budget_ms = _judge(profile, manifest, found)
     verdict = _with_golden(verdict, golden)
@@ -73,6 +78,7 @@ def validate(console: Console, folder: Path, overrides: Sequence[str]) -> Answer
         **asdict(verdict),
         "budget_ms": budget_ms,
         "accuracy": found.accuracy.to_dict(),
+        "consistency": {name: one.to_dict() for name, one in found.consistency.items()},
         "golden": golden._asdict() if golden else None,
         "latency": {name: checks.latency_dict(one) for name, one in _latencies(found).items()},
         "device": here,
@@ -106,7 +112,7 @@ def _run_engine(manifest: Manifest) -> tuple[EngineEntry, Mapping[str, Any]]:
 
 def _dense_file(folder: Path, pruned: Model) -> Path | None:
     """The dense engine that the build made, if it is there and whole."""
-    pattern = DENSE_FILES[0] if pruned.backend.runtime.startswith("onnxruntime") else DENSE_FILES[1]
+    pattern = DENSE_FILES[1] if pruned.backend.runtime.startswith("tensorrt") else DENSE_FILES[0]
     for file in folder.glob(pattern):
         try:
             sums = json.loads((file.parent / "stage.json").read_bytes())["files"]
@@ -135,6 +141,7 @@ def _find(
     profile: Profile,
     sessions: Mapping[str, Sequence[Model]],
     images: ImageSet,
+    sound: Mapping[str, checks.Consistency],
     memory_mb: Callable[[np.ndarray], float | None],
 ) -> Found:
     """What the engines, each loaded once or several times, are worth on ``images``."""
@@ -160,7 +167,7 @@ def _find(
         unreadable=len(images.unreadable),
         seed=profile.seed,
     )
-    return Found(first if "dense" in models else None, second, accuracy, memory_mb(inputs))
+    return Found(first if "dense" in models else None, second, accuracy, memory_mb(inputs), sound)
 
 
 def _judge(profile: Profile, manifest: Manifest, found: Found) -> tuple[checks.Verdict, float]:
@@ -181,8 +188,15 @@ def _judge(profile: Profile, manifest: Manifest, found: Found) -> tuple[checks.V
         memory_mb=found.memory_mb,
         non_finite=accuracy.non_finite,
         drift=found.dense.reference_drift if found.dense else 0.0,
+        inconsistent=_inconsistent(found.consistency),
     )
     return checks.judge(replace(checks.Limits.of(profile, budget_ms), relative=relative), figures), budget_ms
+
+
+def _inconsistent(found: Mapping[str, checks.Consistency]) -> tuple[str, ...]:
+    """A sentence for each check that failed, with the engine where there are several."""
+    several = len(found) > 1
+    return tuple(f"{name}: {why}" if several else why for name, one in found.items() for why in one.reasons())
 
 
 def _with_golden(verdict: checks.Verdict, golden: checks.Difference | None) -> checks.Verdict:
@@ -223,5 +237,7 @@ def _text(folder: Path, manifest: Manifest, found: Found, verdict: checks.Verdic
     if found.dense is not None:
         rows.append(["agreement (%)", "", f"{found.accuracy.agreement.percent:.2f}", ""])
     figures = table(rows, head=["", "when built", "now", "budget"], right=[1, 2, 3])
+    sound = soundness.consistency_text({name: one.to_dict() for name, one in found.consistency.items()})
     whole = f"all {len(manifest.files)} files of {folder} are what its manifest says"
-    return "\n".join([verdict.verdict, *(f"  {reason}" for reason in verdict.reasons), "", figures, "", whole])
+    reasons = [f"  {reason}" for reason in verdict.reasons]
+    return "\n".join([verdict.verdict, *reasons, "", figures, "", sound, "", whole])

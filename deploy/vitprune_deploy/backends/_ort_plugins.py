@@ -1,0 +1,107 @@
+"""Execution providers that come as packages of their own and are loaded into a running ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from vitprune.errors import InputError, MissingError
+
+OPENVINO = "OpenVINOExecutionProvider"
+TENSORRT_RTX = "NvTensorRTRTXExecutionProvider"
+
+
+class Plugin(NamedTuple):
+    """The package of a provider: its module and what pip calls it."""
+
+    module: str
+    distribution: str
+
+
+PLUGINS = {
+    OPENVINO: Plugin("onnxruntime_ep_openvino", "onnxruntime-ep-openvino"),
+    TENSORRT_RTX: Plugin("onnxruntime_ep_nv_tensorrt_rtx", "onnxruntime-ep-nv-tensorrt-rtx-cu13"),
+}
+
+
+def is_installed(provider: str) -> bool:
+    """Whether the package of ``provider`` is here; it is not loaded."""
+    return provider in PLUGINS and find_spec(PLUGINS[provider].module) is not None
+
+
+def add(session_options: Any, provider: str, options: Mapping[str, Any], threads: int | None) -> None:
+    """Have a session run on ``provider``.
+
+    Args:
+        options: of the provider. OpenVINO's ``device_type`` is CPU by default, GPU or NPU.
+        threads: processor threads that work on one batch.
+
+    Raises:
+        InputError: OpenVINO has no such device here.
+        MissingError: as ``devices``.
+    """
+    found, given = devices(provider), {name: _text(value) for name, value in options.items()}
+    if provider == OPENVINO:
+        found = _of_type(found, given.pop("device_type", "CPU"))
+        if threads is not None:
+            given.setdefault("num_of_threads", str(threads))
+    session_options.add_provider_for_devices(list(found[:1]), given)
+
+
+def devices(provider: str) -> tuple[Any, ...]:
+    """What ``provider`` can run on here; its library is loaded at the first call, and stays.
+
+    Raises:
+        MissingError: the library does not load, or finds no device.
+    """
+    import onnxruntime
+
+    _register(provider)
+    found = tuple(device for device in onnxruntime.get_ep_devices() if device.ep_name == provider)
+    if not found:
+        served = "Intel's processors and GPUs" if provider == OPENVINO else "NVIDIA's RTX GPUs"
+        raise MissingError(f"{provider} runs on {served} alone, and finds none here")
+    return found
+
+
+@cache
+def _register(provider: str) -> None:
+    """Load the library of ``provider`` into ONNX Runtime, once in this process."""
+    import onnxruntime
+
+    if not hasattr(onnxruntime, "register_execution_provider_library"):
+        raise MissingError(
+            f"onnxruntime {onnxruntime.__version__} loads no providers from other packages; "
+            "run `pip install --upgrade 'onnxruntime>=1.23'`"
+        )
+    try:
+        library = import_module(PLUGINS[provider].module).get_library_path()
+        onnxruntime.register_execution_provider_library(provider, library)
+    except Exception as error:  # its exceptions share no base but Exception
+        raise MissingError(f"{provider} did not load: {' '.join(str(error).split())}") from error
+
+
+def precision_options(precision: str, device: str = "CPU") -> dict[str, str]:
+    """Options with which OpenVINO computes in ``precision``, whatever it would choose."""
+    return {"load_config": json.dumps({device: {"INFERENCE_PRECISION_HINT": HINTS[precision]}})}
+
+
+HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+
+
+def _of_type(found: tuple[Any, ...], wanted: str) -> tuple[Any, ...]:
+    """OpenVINO's devices of one type."""
+    fitting = tuple(device for device in found if device.ep_metadata.get("ov_device", "CPU").split(".")[0] == wanted)
+    if not fitting:
+        there = ", ".join(sorted({device.ep_metadata.get("ov_device", "CPU") for device in found}))
+        raise InputError(f"OpenVINO has no device {wanted!r} here, it has {there}")
+    return fitting
+
+
+def _text(value: Any) -> str:
+    """A provider's option as ONNX Runtime takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,107 @@
+"""OpenVINO as a provider from a package of its own, where that is installed; and what is said where it is not."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from tiny import images, tiny_vit
+
+from vitprune.errors import DamagedFile, InputError, MissingError
+from vitprune.surgery import reduce_tokens
+from vitprune_deploy.backends import _ort_plugins as plugins
+from vitprune_deploy.backends import onnxruntime as backend
+from vitprune_deploy.backends.onnxruntime import OnnxRuntime
+from vitprune_deploy.export.onnx import export_onnx
+from vitprune_deploy.latency.fingerprint import device_fingerprint
+
+
+def why_not():
+    """Why OpenVINO does not run here; empty where it does."""
+    if not plugins.is_installed(plugins.OPENVINO):
+        return "onnxruntime-ep-openvino is not installed"
+    try:
+        plugins.devices(plugins.OPENVINO)
+    except MissingError as error:
+        return str(error)
+    return ""
+
+
+here = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A token-pruned model as ONNX, images for it and the CPU provider's answers."""
+    path = tmp_path_factory.mktemp("plugins") / "model.onnx"
+    export_onnx(reduce_tokens(tiny_vit(depth=3), "evit", {1: 30}), path)
+    batch = images(5).numpy()
+    with OnnxRuntime.load(path, threads=1) as model:
+        return path, batch, model.run(batch)
+
+
+def openvino(precision, **more):
+    given = plugins.precision_options(precision) | more
+    return {"provider": "openvino", "provider_options": given}
+
+
+@here
+def test_openvino_computes_what_the_cpu_provider_does_at_any_batch(exported):
+    path, batch, wanted = exported
+    with OnnxRuntime.load(path, threads=1, options=openvino("fp32")) as model:
+        assert model.provider == "openvino"
+        for count in (5, 1, 3):
+            np.testing.assert_allclose(model.run(batch[:count]), wanted[:count], atol=1e-4)
+
+
+@here
+def test_the_precision_asked_for_is_the_one_that_computes(exported):
+    path, batch, wanted = exported
+    errors = {}
+    for precision in ("fp32", "bf16"):
+        with OnnxRuntime.load(path, threads=1, options=openvino(precision)) as model:
+            errors[precision] = np.abs(model.run(batch) - wanted).max()
+    assert errors["fp32"] < 1e-4
+    if {"amx_bf16", "avx512_bf16"} & set(device_fingerprint("none")["flags"]):
+        assert 1e-3 < errors["bf16"] < 0.1 * np.abs(wanted).max()
+
+
+@here
+def test_a_compiled_file_gives_the_same_answers_and_needs_no_graph(exported, tmp_path):
+    path, batch, wanted = exported
+    OnnxRuntime.compile(path, tmp_path / "compiled.onnx", threads=1, options=openvino("fp32"))
+    assert [node.op_type for node in onnx.load(tmp_path / "compiled.onnx").graph.node] == ["EPContext"]
+    with OnnxRuntime.load(tmp_path / "compiled.onnx", threads=1, options=openvino("fp32")) as model:
+        np.testing.assert_allclose(model.run(batch), wanted, atol=1e-4)
+        np.testing.assert_allclose(model.run(batch[:2]), wanted[:2], atol=1e-4)
+
+
+@here
+def test_a_device_that_is_not_here_and_a_damaged_file_are_a_sentence(exported, tmp_path):
+    path, *_ = exported
+    with pytest.raises(InputError, match="OpenVINO has no device 'NPU' here, it has CPU"):
+        OnnxRuntime.load(path, options=openvino("fp32", device_type="NPU"))
+    (tmp_path / "cut.onnx").write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DamagedFile, match=r"cut\.onnx is cut off or not an ONNX model"):
+        OnnxRuntime.load(tmp_path / "cut.onnx", options=openvino("fp32"))
+
+
+@pytest.mark.skipif(not why_not().startswith("OpenVINOExecutionProvider"), reason="OpenVINO runs here, or is not here")
+def test_a_processor_that_openvino_does_not_serve_is_a_sentence(exported):
+    for _ in range(2):  # the library is loaded once
+        with pytest.raises(MissingError, match="OpenVINOExecutionProvider runs on Intel's processors and GPUs alone"):
+            OnnxRuntime.load(exported[0], options=openvino("fp32"))
+
+
+@pytest.mark.parametrize("provider", ["openvino", "tensorrt-rtx"])
+def test_a_package_that_is_missing_is_named(exported, provider, monkeypatch):
+    monkeypatch.setattr(plugins, "find_spec", lambda name: None)
+    package = plugins.PLUGINS[backend.PROVIDERS[provider]].distribution
+    with pytest.raises(MissingError, match=f"pip install {package}"):
+        OnnxRuntime.load(exported[0], options={"provider": provider})
+
+
+def test_what_the_cpu_provider_runs_is_not_compiled(exported, tmp_path):
+    with pytest.raises(InputError, match="cpu compiles nothing ahead of time"):
+        OnnxRuntime.compile(exported[0], tmp_path / "compiled.onnx")
+    assert not (tmp_path / "compiled.onnx").exists()
