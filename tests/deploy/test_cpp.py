@@ -38,8 +38,9 @@ PILLOW = PIL.__version__.partition(".")[0]
 PREPROCESS = Preprocess((3, 28, 28), crop_pct=0.9)
 SOME = {"params": 1, "macs": 1, "top1": None, "latency_ms": {"p50": 1.0, "samples": 100}}
 ONNX = {"runtime": "onnxruntime", "precision": "fp32", "status": "run", "file": "model.onnx", "max_batch": 8}
-PLAN = {"runtime": "tensorrt", "precision": "fp16", "status": "run", "file": "engine/model.plan", "max_batch": 4,
+PLAN = {"runtime": "tensorrt", "precision": "fp16", "status": "run", "file": "engine/model.plan", "max_batch": 8,
         "min_batch": 2}  # fmt: skip
+SIDECAR = {"runtime": "tensorrt", "version": "10.3.0", "compute_capabilities": ["8.7"]}
 
 
 @pytest.fixture(scope="module")
@@ -374,24 +375,40 @@ def test_a_library_without_openvino_says_how_to_get_it(programs, folder, pngs):
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory) -> Path:
-    """A folder with an engine for the test double of TensorRT: from 2 to 4 images."""
+    """A folder with an engine for the test double of TensorRT: from 2 to 8 images, and a second profile up to 4."""
     out = tmp_path_factory.mktemp("plan")
     (out / "engine").mkdir()
-    (out / "engine" / "model.plan").write_text("double 2 4 3 28 28 10\n")
-    sidecar = {"runtime": "tensorrt", "version": "10.3.0", "compute_capabilities": ["8.7"]}
-    (out / "engine" / "model.plan.json").write_text(json.dumps(sidecar))
+    (out / "engine" / "model.plan").write_text("double 3 28 28 10 2 8 2 4\n")
+    (out / "engine" / "model.json").write_text(json.dumps(SIDECAR))
     return written(out, PLAN)
 
 
-@pytest.mark.parametrize("threads", [0, 3])
-@pytest.mark.parametrize("count", [1, 2, 4, 11])
-def test_the_tensorrt_backend_fills_and_splits_batches_on_the_double(count, threads, programs, plan, pngs):
+@pytest.mark.parametrize(("count", "threads", "profiles"), [
+    (1, 0, [1]), (4, 0, [1] * 4), (5, 0, [0] * 5), (11, 0, [0] * 8 + [1] * 3), (11, 3, [1] * 11),
+])  # fmt: skip
+def test_the_tensorrt_backend_fills_splits_and_places_batches(count, threads, profiles, programs, plan, pngs):
     found, runtime = answer(programs, plan, pngs[:count], threads=threads)
     assert runtime == "tensorrt 99.1.0"
     inputs = np.stack([PREPROCESS(Image.open(path)) for path in pngs[:count]])
     means = inputs.mean(axis=(1, 2, 3), dtype=np.float64)
-    wanted = means[:, None] * np.arange(1, 11) + inputs[:, 0, 0, :10]
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+    wanted = means[:, None] * np.arange(1, 11) + inputs[:, 0, 0, :10] + 100 * np.array(profiles)[:, None]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5)  # near 100, fp32 has steps of 8e-6
+
+
+def test_a_batch_that_no_profile_takes_is_refused_with_those_that_are_taken(programs, plan, pngs, tmp_path):
+    larger = written(Path(shutil.copytree(plan, tmp_path / "larger")), PLAN | {"max_batch": 12})
+    assert refusal(programs, larger, pngs[:11]) == (
+        "InputError: input images must be float32 from [2, 3, 28, 28] to [8, 3, 28, 28] or from [2, 3, 28, 28] to "
+        "[4, 3, 28, 28], got float32 [11, 3, 28, 28]"
+    )
+
+
+def test_a_version_compatible_plan_may_bring_its_code(programs, plan, pngs, tmp_path):
+    folder = Path(shutil.copytree(plan, tmp_path / "copy"))
+    (folder / "engine/model.plan").write_text("double-with-code 3 28 28 10 2 8\n")
+    assert "does not load in tensorrt 99.1.0" in refusal(programs, written(folder, PLAN), pngs[:1])
+    (folder / "engine/model.json").write_text(json.dumps(SIDECAR | {"flags": ["VERSION_COMPATIBLE"]}))
+    answer(programs, written(folder, PLAN), pngs[:1])
 
 
 NO_ENGINE = ("does not load in tensorrt 99.1.0; it was built by tensorrt 10.3.0 for compute capability 8.7; build it "
@@ -405,7 +422,7 @@ NO_ENGINE = ("does not load in tensorrt 99.1.0; it was built by tensorrt 10.3.0 
         ("runtime", "MissingError", "tensorrt 99.1.0 does not start here"),
         ("engine", "MissingError", NO_ENGINE),
         ("context", "MissingError", "TensorRT made no execution context; the GPU has too little memory left"),
-        ("profile", "NotSupported", "has no optimisation profile 0"),
+        ("profile", "MissingError", "TensorRT made no execution context; the GPU has too little memory left"),
         ("float32", "NotSupported", "logits must be float32"),
         ("shape", "InputError", "this engine refuses images of shape [2, 3, 28, 28]"),
         ("memory", "MissingError", "CUDA could not allocate memory on the GPU: out of memory"),
@@ -420,7 +437,7 @@ def test_what_fails_on_a_gpu_is_a_sentence_and_nothing_leaks(call, kind, words, 
 
 
 def test_a_plan_or_sidecar_that_was_changed_is_refused_before_loading(programs, plan, pngs, tmp_path):
-    for name in ("engine/model.plan", "engine/model.plan.json"):
+    for name in ("engine/model.plan", "engine/model.json"):
         folder = Path(shutil.copytree(plan, tmp_path / name.replace("/", "-")))
         cut(folder / name, -1)
         assert refusal(programs, folder, pngs[:1]) == (

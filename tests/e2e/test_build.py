@@ -62,7 +62,8 @@ def test_the_folder_holds_what_the_manifest_says_and_nothing_is_damaged(built):
     assert manifest.files.keys() >= DELIVERED
     assert manifest.verdict in ("pass", "fail", "unstable")
     if manifest.verdict != "pass":  # this machine may be busy; accuracy cannot be missed at 2% agreement
-        assert all("latency" in reason or "budget" in reason for reason in manifest.reasons)
+        busy = ("latency", "budget", "quiet machine")
+        assert all(any(word in reason for word in busy) for reason in manifest.reasons), manifest.reasons
 
 
 def test_the_pruned_model_is_smaller_and_its_plan_is_what_was_exported(built):
@@ -180,6 +181,7 @@ def test_where_nothing_is_gained_the_dense_model_is_the_answer(built, profile_pa
     assert manifest.model_extra["search"]["status"] == "dense"
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not find_spec("openvino"), reason="openvino is not installed")
 def test_openvino_is_searched_measured_and_judged_in_its_own_precision(profile_path, tmp_path):
     from vitprune_deploy.verbs.doctor import try_openvino

@@ -120,6 +120,8 @@ int pillow_version(const Json& versions, int otherwise) {
 
 bool is_onnx(const Engine& engine) { return fs::path(engine.file).extension() == ".onnx"; }
 
+bool is_plan(const Engine& engine) { return fs::path(engine.file).extension() == ".plan"; }
+
 }  // namespace
 
 Manifest Manifest::load(const fs::path& folder) {
@@ -164,9 +166,11 @@ const Engine& Manifest::engine(const std::string& runtime) const {
 }
 
 std::vector<std::string> Manifest::files_of(const Engine& engine) const {
+  const std::string beside = fs::path(engine.file).replace_extension(".json").generic_string();
   std::vector<std::string> found;
   for (const auto& [name, sum] : sums_)
-    if (name.compare(0, engine.file.size(), engine.file) == 0) found.push_back(name);
+    if (name.compare(0, engine.file.size(), engine.file) == 0 || (is_plan(engine) && name == beside))
+      found.push_back(name);
   return found.empty() ? std::vector<std::string>{engine.file} : found;
 }
 
@@ -182,17 +186,24 @@ void Manifest::check_file(const std::string& name) const {
     throw DamagedFile(text(path, " is cut off or changed since it was built; ", REBUILD));
 }
 
-std::string built_by(const fs::path& plan) {
-  std::ifstream file(plan.string() + ".json");
-  const Json sidecar = Json::parse(file, nullptr, /*allow_exceptions=*/false);
-  if (!sidecar.is_object()) return "";
+Sidecar read_sidecar(const fs::path& plan) {
+  fs::path path = plan.string() + ".json";  // where vitprune 0.1 had it
+  if (!fs::is_regular_file(path)) path = fs::path(plan).replace_extension(".json");
+  std::ifstream file(path);
+  const Json plain = Json::parse(file, nullptr, /*allow_exceptions=*/false);
+  if (!plain.is_object()) return {};
   const auto said = [&](const char* key) {
-    const auto found = sidecar.find(key);
-    return found != sidecar.end() && found->is_string() ? found->get<std::string>() : std::string("unknown");
+    const auto found = plain.find(key);
+    return found != plain.end() && found->is_string() ? found->get<std::string>() : std::string("unknown");
   };
   std::vector<std::string> gpus;
-  for (const auto& gpu : sidecar.value("compute_capabilities", Json::array())) gpus.push_back(option_text(gpu));
-  return text("; it was built by ", said("runtime"), " ", said("version"), " for compute capability ", joined(gpus));
+  for (const auto& gpu : plain.value("compute_capabilities", Json::array())) gpus.push_back(option_text(gpu));
+  Sidecar sidecar;
+  sidecar.built_by =
+      text("it was built by ", said("runtime"), " ", said("version"), " for compute capability ", joined(gpus));
+  for (const auto& flag : plain.value("flags", Json::array()))
+    sidecar.brings_code = sidecar.brings_code || flag == "VERSION_COMPATIBLE";
+  return sidecar;
 }
 
 }  // namespace vitprune

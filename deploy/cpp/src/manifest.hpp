@@ -42,7 +42,7 @@ class Manifest {
   /// Throws InputError: there is none.
   const Engine& engine(const std::string& runtime) const;
 
-  /// The names of an engine's files: those that begin like it, such as weights that lie beside it.
+  /// The names of an engine's files: those that begin like it, such as weights that lie beside it, and a plan's sidecar.
   std::vector<std::string> files_of(const Engine& engine) const;
 
   /// Throws DamagedFile: the file `name` is missing, changed, or not named by the manifest.
@@ -62,7 +62,12 @@ class Manifest {
   std::shared_ptr<const std::vector<std::string>> classes_;
 };
 
-/// By what and for which GPUs a TensorRT plan was built, as its sidecar says; nothing where there is none.
-std::string built_by(const std::filesystem::path& plan);
+/// What the JSON file beside a TensorRT plan says of it.
+struct Sidecar {
+  std::string built_by = "it has no sidecar";  ///< by what, and for which GPUs
+  bool brings_code = false;                    ///< the plan is version-compatible, and so brings code of its own
+};
+
+Sidecar read_sidecar(const std::filesystem::path& plan);
 
 }  // namespace vitprune

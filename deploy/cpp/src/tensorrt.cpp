@@ -4,11 +4,14 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <map>
 #include <mutex>
 #include <type_traits>
+#include <utility>
 
 #include "backend.hpp"
 #include "text.hpp"
@@ -19,8 +22,6 @@ namespace {
 namespace fs = std::filesystem;
 using nvinfer1::Dims;
 using nvinfer1::OptProfileSelector;
-
-constexpr int PROFILE = 0;  // a build makes one
 
 void check(cudaError_t code, const std::string& what) {
   if (code != cudaSuccess) throw MissingError(text("CUDA could not ", what, ": ", cudaGetErrorString(code)));
@@ -54,6 +55,21 @@ Dims dims_of(const Shape& shape) {
   using Size = std::remove_reference_t<decltype(dims.d[0])>;  // 32 bits before TensorRT 10
   std::transform(shape.begin(), shape.end(), dims.d, [](std::int64_t size) { return static_cast<Size>(size); });
   return dims;
+}
+
+bool lies_between(const Shape& least, const Shape& shape, const Shape& most) {
+  if (least.size() != shape.size() || most.size() != shape.size()) return false;
+  for (std::size_t i = 0; i < shape.size(); ++i)
+    if (shape[i] < least[i] || shape[i] > most[i]) return false;
+  return true;
+}
+
+/// How many times larger or smaller `shape` is than what a profile is tuned for, as logarithms.
+double distance(const Shape& shape, const Shape& tuned) {
+  double sum = 0;
+  for (std::size_t i = 0; i < std::min(shape.size(), tuned.size()); ++i)
+    sum += std::abs(std::log(static_cast<double>(shape[i]) / static_cast<double>(tuned[i])));
+  return sum;
 }
 
 /// Memory on the GPU and page-locked memory on the host, of one size, which only grows.
@@ -116,26 +132,22 @@ class TensorRt : public Backend {
     check(cudaGetDeviceCount(&devices), "find a GPU");
     runtime_ = text("tensorrt ", NV_TENSORRT_MAJOR, ".", NV_TENSORRT_MINOR, ".", NV_TENSORRT_PATCH);
     deserialize(path);
-    context_.reset(engine_->createExecutionContext());
-    if (context_ == nullptr)
-      throw MissingError(text("TensorRT made no execution context; the GPU has too little memory left", logger_.why()));
-    stream_ = std::make_unique<Stream>();
-    if (!context_->setOptimizationProfileAsync(PROFILE, stream_->get()))
-      throw NotSupported(text(path.string(), " has no optimisation profile ", PROFILE, logger_.why()));
     find_tensors(path);
+    stream_ = std::make_unique<Stream>();
+    context_of(0);  // a GPU without the memory for one says so now
   }
 
   Output run(const Inputs& inputs) override {
     const Shape shape = vitprune::shape_of(inputs);
-    check_fits(shape);
-    if (!context_->setInputShape(input_.c_str(), dims_of(shape)))
+    nvinfer1::IExecutionContext& context = context_of(profile_for(shape));
+    if (!context.setInputShape(input_.c_str(), dims_of(shape)))
       throw InputError(text("this engine refuses ", input_, " of shape [", joined(shape), "]", logger_.why()));
     Output output;
-    output.shape = shape_of(context_->getTensorShape(output_.c_str()));
+    output.shape = shape_of(context.getTensorShape(output_.c_str()));
     if (output.shape.empty() || *std::min_element(output.shape.begin(), output.shape.end()) < 0)
       throw NotSupported(text("the shape of ", output_, " depends on values: [", joined(output.shape), "]"));
     output.values.resize(count(output.shape));
-    enqueue(inputs.data, count(shape), output.values);
+    enqueue(context, inputs.data, count(shape), output.values);
     return output;
   }
 
@@ -147,11 +159,15 @@ class TensorRt : public Backend {
  private:
   void deserialize(const fs::path& path) {
     const std::vector<char> plan = read(path);
+    const Sidecar sidecar = read_sidecar(path);
     deserializer_.reset(nvinfer1::createInferRuntime(logger_));
     if (deserializer_ == nullptr) throw MissingError(text(runtime_, " does not start here", logger_.why()));
+#if NV_TENSORRT_MAJOR > 8 || NV_TENSORRT_MINOR >= 6
+    if (sidecar.brings_code) deserializer_->setEngineHostCodeAllowed(true);
+#endif
     engine_.reset(deserializer_->deserializeCudaEngine(plan.data(), plan.size()));
     if (engine_ == nullptr)
-      throw MissingError(text(path.string(), " does not load in ", runtime_, built_by(path),
+      throw MissingError(text(path.string(), " does not load in ", runtime_, "; ", sidecar.built_by,
                               "; build it again with this version, for this GPU", logger_.why()));
   }
 
@@ -171,27 +187,49 @@ class TensorRt : public Backend {
       throw NotSupported(text(path.string(), ": ", input_, " must have four axes"));
   }
 
-  void check_fits(const Shape& shape) const {
-    const auto limit = [&](OptProfileSelector which) {
-      return shape_of(engine_->getProfileShape(input_.c_str(), PROFILE, which));
-    };
-    const Shape least = limit(OptProfileSelector::kMIN), most = limit(OptProfileSelector::kMAX);
-    for (std::size_t i = 0; i < std::min(least.size(), most.size()); ++i)
-      if (shape[i] < least[i] || shape[i] > most[i])
-        throw InputError(text("input ", input_, " must be float32 from [", joined(least), "] to [", joined(most),
-                              "], got float32 [", joined(shape), "]"));
+  /// The profile that takes `shape` and is tuned for the shape nearest to it.
+  std::int32_t profile_for(const Shape& shape) const {
+    std::int32_t best = -1;
+    double nearest = 0;
+    std::string allowed;
+    for (std::int32_t profile = 0; profile < engine_->getNbOptimizationProfiles(); ++profile) {
+      const Shape least = limit(profile, OptProfileSelector::kMIN), most = limit(profile, OptProfileSelector::kMAX);
+      allowed += text(allowed.empty() ? "" : " or ", "from [", joined(least), "] to [", joined(most), "]");
+      if (!lies_between(least, shape, most)) continue;
+      const double far = distance(shape, limit(profile, OptProfileSelector::kOPT));
+      if (best < 0 || far < nearest) best = profile, nearest = far;
+    }
+    if (best < 0)
+      throw InputError(text("input ", input_, " must be float32 ", allowed, ", got float32 [", joined(shape), "]"));
+    return best;
+  }
+
+  Shape limit(std::int32_t profile, OptProfileSelector which) const {
+    return shape_of(engine_->getProfileShape(input_.c_str(), profile, which));
+  }
+
+  /// The execution context of a profile: one each, since switching a context between profiles takes time.
+  nvinfer1::IExecutionContext& context_of(std::int32_t profile) {
+    auto& found = contexts_[profile];
+    if (found != nullptr) return *found;
+    std::unique_ptr<nvinfer1::IExecutionContext> made(engine_->createExecutionContext());
+    if (made == nullptr || !made->setOptimizationProfileAsync(profile, stream_->get()))
+      throw MissingError(text("TensorRT made no execution context; the GPU has too little memory left", logger_.why()));
+    found = std::move(made);
+    return *found;
   }
 
   /// Copy in, run, copy out, wait.
-  void enqueue(const float* data, std::size_t floats, std::vector<float>& answer) {
+  void enqueue(nvinfer1::IExecutionContext& context, const float* data, std::size_t floats,
+               std::vector<float>& answer) {
     images_.reserve(floats);
     logits_.reserve(answer.size());
     const std::size_t in_bytes = floats * sizeof(float), out_bytes = answer.size() * sizeof(float);
     std::memcpy(images_.host(), data, in_bytes);
     check(cudaMemcpyAsync(images_.device(), images_.host(), in_bytes, cudaMemcpyHostToDevice, stream_->get()),
           "copy images to the GPU");
-    if (!context_->setTensorAddress(input_.c_str(), images_.device()) ||
-        !context_->setTensorAddress(output_.c_str(), logits_.device()) || !context_->enqueueV3(stream_->get()))
+    if (!context.setTensorAddress(input_.c_str(), images_.device()) ||
+        !context.setTensorAddress(output_.c_str(), logits_.device()) || !context.enqueueV3(stream_->get()))
       throw MissingError(text(runtime_, " could not run the engine; the GPU may have too little memory left",
                               logger_.why()));
     check(cudaMemcpyAsync(logits_.host(), logits_.device(), out_bytes, cudaMemcpyDeviceToHost, stream_->get()),
@@ -206,7 +244,7 @@ class TensorRt : public Backend {
   std::unique_ptr<nvinfer1::ICudaEngine> engine_;
   std::unique_ptr<Stream> stream_;
   Buffer images_, logits_;
-  std::unique_ptr<nvinfer1::IExecutionContext> context_;
+  std::map<std::int32_t, std::unique_ptr<nvinfer1::IExecutionContext>> contexts_;  // by profile
   std::string input_, output_;
 };
 

@@ -48,13 +48,13 @@ class IExecutionContext {
  private:
   const ICudaEngine& engine_;
   ILogger& logger_;
-  bool profile_set_ = false;
+  std::int32_t profile_ = -1;
   Dims input_{-1, {}};
   float* images_ = nullptr;
   float* logits_ = nullptr;
 };
 
-/// logits[b, k] = (k + 1) * mean(images[b]) + images[b, 0, 0, k]
+/// logits[b, k] = (k + 1) * mean(images[b]) + images[b, 0, 0, k] + 100 * profile
 class ICudaEngine {
  public:
   ICudaEngine(const std::string& plan, ILogger& logger);
@@ -67,7 +67,10 @@ class ICudaEngine {
   Dims getTensorShape(const char* name) const noexcept;
   Dims getProfileShape(const char* name, std::int32_t profile, OptProfileSelector which) const noexcept;
 
-  std::int64_t least = 0, most = 0, channels = 0, height = 0, width = 0, classes = 0;  // as the plan says
+  std::int32_t getNbOptimizationProfiles() const noexcept;
+
+  std::int64_t channels = 0, height = 0, width = 0, classes = 0;  // as the plan says
+  std::vector<std::int64_t> least, most;                          // images, by profile; tuned for the most
 
  private:
   ILogger& logger_;
@@ -78,9 +81,11 @@ class IRuntime {
   explicit IRuntime(ILogger& logger) : logger_(logger) {}
   ~IRuntime();
   ICudaEngine* deserializeCudaEngine(const void* blob, std::size_t size) noexcept;
+  void setEngineHostCodeAllowed(bool allowed) noexcept { code_allowed_ = allowed; }
 
  private:
   ILogger& logger_;
+  bool code_allowed_ = false;
 };
 
 IRuntime* createInferRuntime(ILogger& logger) noexcept;

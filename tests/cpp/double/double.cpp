@@ -100,7 +100,8 @@ IRuntime::~IRuntime() { --alive; }
 
 ICudaEngine* IRuntime::deserializeCudaEngine(const void* blob, std::size_t size) noexcept {
   const std::string plan(static_cast<const char*>(blob), size);
-  if (fails("engine") || plan.rfind("double ", 0) != 0) {
+  const bool brings_code = plan.rfind("double-with-code ", 0) == 0;
+  if (fails("engine") || !(brings_code ? code_allowed_ : plan.rfind("double ", 0) == 0)) {
     logger_.log(ILogger::Severity::kERROR, "the plan is of\nanother version");
     logger_.log(ILogger::Severity::kWARNING, "this is not worth a sentence");
     return nullptr;
@@ -108,11 +109,15 @@ ICudaEngine* IRuntime::deserializeCudaEngine(const void* blob, std::size_t size)
   return make<ICudaEngine>(plan, logger_);
 }
 
-/// A plan reads: double, fewest and most images, channels, height, width, classes.
+/// A plan reads: double or double-with-code, channels, height, width, classes, fewest and most images of each profile.
 ICudaEngine::ICudaEngine(const std::string& plan, ILogger& logger) : logger_(logger) {
   std::istringstream words(plan);
   std::string word;
-  words >> word >> least >> most >> channels >> height >> width >> classes;
+  words >> word >> channels >> height >> width >> classes;
+  for (std::int64_t fewest = 0, largest = 0; words >> fewest >> largest;) {
+    least.push_back(fewest);
+    most.push_back(largest);
+  }
 }
 
 ICudaEngine::~ICudaEngine() { --alive; }
@@ -134,13 +139,16 @@ DataType ICudaEngine::getTensorDataType(const char*) const noexcept {
 }
 
 Dims ICudaEngine::getTensorShape(const char* name) const noexcept {
-  const std::int64_t batch = least == most ? least : -1;
+  const std::int64_t batch = least.size() == 1 && least == most ? least[0] : -1;
   if (getTensorIOMode(name) == TensorIOMode::kINPUT) return {4, {batch, channels, height, width}};
   return {2, {batch, classes}};
 }
 
-Dims ICudaEngine::getProfileShape(const char*, std::int32_t, OptProfileSelector which) const noexcept {
-  return {4, {which == OptProfileSelector::kMIN ? least : most, channels, height, width}};
+std::int32_t ICudaEngine::getNbOptimizationProfiles() const noexcept { return static_cast<std::int32_t>(most.size()); }
+
+Dims ICudaEngine::getProfileShape(const char*, std::int32_t profile, OptProfileSelector which) const noexcept {
+  const auto& sizes = which == OptProfileSelector::kMIN ? least : most;
+  return {4, {sizes[static_cast<std::size_t>(profile)], channels, height, width}};
 }
 
 IExecutionContext::IExecutionContext(const ICudaEngine& engine, ILogger& logger) : engine_(engine), logger_(logger) {}
@@ -148,14 +156,16 @@ IExecutionContext::IExecutionContext(const ICudaEngine& engine, ILogger& logger)
 IExecutionContext::~IExecutionContext() { --alive; }
 
 bool IExecutionContext::setOptimizationProfileAsync(std::int32_t profile, cudaStream_t stream) noexcept {
-  profile_set_ = profile == 0 && stream != nullptr && !fails("profile");
-  return profile_set_;
+  if (profile >= engine_.getNbOptimizationProfiles() || stream == nullptr || fails("profile")) return false;
+  profile_ = profile;
+  return true;
 }
 
 bool IExecutionContext::setInputShape(const char* name, const Dims& dims) noexcept {
-  if (!profile_set_ || std::strcmp(name, "images") != 0 || fails("shape")) return false;
+  if (profile_ < 0 || std::strcmp(name, "images") != 0 || dims.nbDims != 4 || fails("shape")) return false;
   input_ = dims;
-  return dims.nbDims == 4 && dims.d[0] >= engine_.least && dims.d[0] <= engine_.most;
+  const auto profile = static_cast<std::size_t>(profile_);
+  return dims.d[0] >= engine_.least[profile] && dims.d[0] <= engine_.most[profile];
 }
 
 Dims IExecutionContext::getTensorShape(const char* name) const noexcept {
@@ -176,12 +186,12 @@ bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
     return false;
   }
   const std::int64_t batch = input_.d[0], size = input_.d[1] * input_.d[2] * input_.d[3], classes = engine_.classes;
-  stream->work.push_back([=, images = images_, logits = logits_] {
+  stream->work.push_back([=, images = images_, logits = logits_, more = 100.0 * profile_] {
     for (std::int64_t b = 0; b < batch; ++b) {
       const float* image = images + b * size;
       const double mean = std::accumulate(image, image + size, 0.0) / static_cast<double>(size);
       for (std::int64_t k = 0; k < classes; ++k)
-        logits[b * classes + k] = static_cast<float>(static_cast<double>(k + 1) * mean) + image[k];
+        logits[b * classes + k] = static_cast<float>(static_cast<double>(k + 1) * mean + more) + image[k];
     }
   });
   return true;
