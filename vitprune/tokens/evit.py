@@ -4,7 +4,8 @@ Liang et al., Not All Patches Are What You Need: Expediting Vision Transformers 
 https://arxiv.org/abs/2202.07800.
 Differs from the authors' code: the distillation and register tokens are protected like the class token, where theirs
 may drop them; only the class token's row of the attention is computed; the count includes the fused token, so that
-theirs with a keep rate of 0.7 is ``keep = ceil(0.7 n) + 1``.
+theirs with a keep rate of 0.7 is ``keep = ceil(0.7 n) + 1``; recovery trains as their fine-tuning does, and the ramp of
+keep rates belongs to training from scratch.
 """
 
 from __future__ import annotations

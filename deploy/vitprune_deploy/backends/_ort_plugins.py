@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from vitprune.errors import InputError, MissingError
 
+from .openvino import HINTS
+
 OPENVINO = "OpenVINOExecutionProvider"
 TENSORRT_RTX = "NvTensorRTRTXExecutionProvider"
 
@@ -88,9 +90,6 @@ def _register(provider: str) -> None:
 def precision_options(precision: str, device: str = "CPU") -> dict[str, str]:
     """Options with which OpenVINO computes in ``precision``, whatever it would choose."""
     return {"load_config": json.dumps({device: {"INFERENCE_PRECISION_HINT": HINTS[precision]}})}
-
-
-HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
 def _of_type(found: tuple[Any, ...], wanted: str) -> tuple[Any, ...]:
