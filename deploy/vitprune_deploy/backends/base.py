@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -30,6 +30,19 @@ def number_format(name: str) -> np.dtype[Any]:
 
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name)
+
+
+def known_options(runtime: str, options: Mapping[str, Any] | None, known: Collection[str]) -> dict[str, Any]:
+    """A copy of the ``options`` of ``Backend.load``.
+
+    Raises:
+        InputError: ``runtime`` has no such option.
+    """
+    given = dict(options or {})
+    unknown = sorted(given.keys() - set(known))
+    if unknown:
+        raise InputError(f"{runtime} has no option {unknown[0]!r}, it has {', '.join(known)}")
+    return given
 
 
 class Backend(ABC):

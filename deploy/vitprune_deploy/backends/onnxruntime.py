@@ -27,7 +27,7 @@ from vitprune.errors import DamagedFile, InputError, MissingError, NotSupported
 from ..artifact import atomic_path
 from . import _ort_plugins
 from ._threads import task_ids
-from .base import Backend, TensorSpec
+from .base import Backend, TensorSpec, known_options
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -78,10 +78,7 @@ class OnnxRuntime(Backend):
         options: Mapping[str, Any] | None = None,
     ) -> OnnxRuntime:
         """A session on the provider that the options ask for, and on no other."""
-        options = dict(options or {})
-        unknown = sorted(options.keys() - set(OPTIONS))
-        if unknown:
-            raise InputError(f"onnxruntime has no option {unknown[0]!r}, it has {', '.join(OPTIONS)}")
+        options = known_options("onnxruntime", options, OPTIONS)
         if not path.is_file():
             raise InputError(f"{path}: there is no such model file")
         short = options.get("provider", "cpu")

@@ -19,7 +19,7 @@ from vitprune.errors import DamagedFile, InputError, MissingError, NotSupported
 
 from ._onnx_file import axes
 from ._threads import task_ids
-from .base import Backend, TensorSpec
+from .base import Backend, TensorSpec, known_options
 
 OPTIONS = ("precision", "device", "sizes")
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}  # of INFERENCE_PRECISION_HINT
@@ -48,10 +48,7 @@ class OpenVino(Backend):
         options: Mapping[str, Any] | None = None,
     ) -> OpenVino:
         """The model compiled for one request at a time, in exactly the precision asked for."""
-        options = dict(options or {})
-        unknown = sorted(options.keys() - set(OPTIONS))
-        if unknown:
-            raise InputError(f"openvino has no option {unknown[0]!r}, it has {', '.join(OPTIONS)}")
+        options = known_options("openvino", options, OPTIONS)
         if not path.is_file():
             raise InputError(f"{path}: there is no such model file")
         device, precision = options.get("device", "CPU"), options.get("precision", "fp32")

@@ -28,7 +28,7 @@ from ._cuda import Cuda, open_cuda
 from ._trt_child import sentence
 from ._trt_engine import EngineOptions, Shapes, build_engine, capabilities, check_module, check_parses, refit_engine
 from ._trt_sidecar import engine_name, read_sidecar, sidecar_path
-from .base import Backend, TensorSpec, number_format
+from .base import Backend, TensorSpec, known_options, number_format
 
 __all__ = [
     "EngineOptions",
@@ -88,10 +88,7 @@ class TensorRT(Backend):
         options: Mapping[str, Any] | None = None,
     ) -> TensorRT:
         """An engine from its plan file; ``threads`` and ``batch`` change nothing on a GPU, the profile does."""
-        options = dict(options or {})
-        unknown = sorted(options.keys() - set(OPTIONS))
-        if unknown:
-            raise InputError(f"tensorrt has no option {unknown[0]!r}, it has {', '.join(OPTIONS)}")
+        options = known_options("tensorrt", options, OPTIONS)
         sidecar = read_sidecar(path)
         module = options.get("module", sidecar["runtime"])
         check_module(module)

@@ -12,7 +12,7 @@ from vitprune.search.latency import LatencyTable
 
 from ..artifact import Manifest
 from ..validate import Limits, Verdict
-from .bench import Bench
+from .bench import INT8, Bench
 from .choose import table_request
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _notes(bench: Bench, searched: Mapping[str, Any]) -> list[str]:
 
     kept = bench.json("export", "export.json").get("islands", {}).get("model.onnx", [])
     notes = [sentence([Island(**one) for one in kept])] if kept else []
-    int8 = bench.json("int8", "int8.json")
+    int8 = bench.json("int8", INT8)
     if "why" in int8:
         notes.append(f"The model in int8 was {'kept' if int8['kept'] else 'left out'}: {int8['why']}.")
     price = bench.json("validate", "figures.json").get("compatibility")

@@ -27,7 +27,7 @@ from ..latency.protocol import Distribution
 from ..runtime import Model
 from . import runtimes, soundness
 from .account import collect
-from .bench import Bench, write_json
+from .bench import INT8, Bench, write_json
 from .make import PLAIN, onnx_name
 
 PACKAGES = ("numpy", "pillow", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
@@ -266,7 +266,7 @@ def make_manifest(bench: Bench) -> Manifest:
         "preprocess": bench.preprocess.to_dict(),
         "classes": bench.class_names,
         "search": {name: searched[name] for name in ("status", "reason", "method")},
-        "int8": bench.json("int8", "int8.json"),
+        "int8": bench.json("int8", INT8),
     }
     return Manifest.model_validate(plain)
 

@@ -123,15 +123,13 @@ def asks_compatibility(profile: Profile) -> bool:
 
 def _fixed(path: Path, sizes: Mapping[str, int], profile: Profile) -> EngineOptions:
     """Options for one of the files that are only timed: every axis has one size."""
-    import onnx
-
+    from ..backends._onnx_file import axes
     from ..backends.tensorrt import EngineOptions, Shapes
 
     shapes = {}
-    for value in onnx.load(str(path), load_external_data=False).graph.input:
-        dims = value.type.tensor_type.shape.dim
-        shape = tuple(sizes[d.dim_param] if d.dim_param else d.dim_value for d in dims)
-        shapes[value.name] = Shapes(shape, shape, shape)
+    for name, dims in axes(path).items():
+        shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in dims)
+        shapes[name] = Shapes(shape, shape, shape)
     return EngineOptions(profiles=(shapes,), **_common_options(profile, profile.runtime.name))
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from vitprune.errors import MissingError
 
 from ..artifact import atomic_path
+from ..backends._onnx_file import axes
 
 Recipe = Literal["dynamic", "symmetric", "nncf"]
 PRODUCTS = ["MatMul", "Gemm"]
@@ -125,9 +126,7 @@ def _reader(name: str, images: np.ndarray) -> Any:
 
 
 def _input_name(path: Path) -> str:
-    import onnx
-
-    return str(onnx.load(str(path), load_external_data=False).graph.input[0].name)
+    return next(iter(axes(path)))
 
 
 @contextlib.contextmanager

@@ -37,8 +37,7 @@ def onnxruntime_loader(threads: int | None, options: Mapping[str, Any] | None = 
     from ..backends.onnxruntime import OnnxRuntime
 
     def load(path: Path, sizes: Mapping[str, int]) -> Backend:
-        fixed = {name: size for name, size in sizes.items() if name in PART_AXES}
-        more = {"sizes": fixed, "copies": not is_part(sizes)}
+        more = {"sizes": _of_parts(sizes), "copies": not is_part(sizes)}
         return OnnxRuntime.load(path, threads=threads, options={**(options or {}), **more})
 
     return load
@@ -49,10 +48,14 @@ def openvino_loader(threads: int | None, options: Mapping[str, Any] | None = Non
     from ..backends.openvino import OpenVino
 
     def load(path: Path, sizes: Mapping[str, int]) -> Backend:
-        fixed = {name: size for name, size in sizes.items() if name in PART_AXES}
-        return OpenVino.load(path, threads=threads, options={**(options or {}), "sizes": fixed})
+        return OpenVino.load(path, threads=threads, options={**(options or {}), "sizes": _of_parts(sizes)})
 
     return load
+
+
+def _of_parts(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of axes that parts of models alone have."""
+    return {name: size for name, size in sizes.items() if name in PART_AXES}
 
 
 def is_part(sizes: Mapping[str, int]) -> bool:
