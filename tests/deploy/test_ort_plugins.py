@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnx
 import pytest
@@ -12,8 +14,10 @@ from vitprune.surgery import reduce_tokens
 from vitprune_deploy.backends import _ort_plugins as plugins
 from vitprune_deploy.backends import onnxruntime as backend
 from vitprune_deploy.backends.onnxruntime import OnnxRuntime
+from vitprune_deploy.build import make
 from vitprune_deploy.export.onnx import export_onnx
 from vitprune_deploy.latency.fingerprint import device_fingerprint
+from vitprune_deploy.profile import load_profile
 
 
 def why_not():
@@ -74,6 +78,22 @@ def test_a_compiled_file_gives_the_same_answers_and_needs_no_graph(exported, tmp
     with OnnxRuntime.load(tmp_path / "compiled.onnx", threads=1, options=openvino("fp32")) as model:
         np.testing.assert_allclose(model.run(batch), wanted, atol=1e-4)
         np.testing.assert_allclose(model.run(batch[:2]), wanted[:2], atol=1e-4)
+
+
+@here
+def test_a_build_compiles_its_product_where_the_profile_asks_for_it(exported, tmp_path):
+    path, batch, wanted = exported
+    (tmp_path / "model.onnx").write_bytes(path.read_bytes())
+    (tmp_path / "images").mkdir()
+    (tmp_path / "p.yaml").write_text(
+        "model: {name: vit_tiny_patch16_224}\ndata: {source: images}\nbudget: {speedup: 2, threads: 1}\n"
+        "accuracy: {min_agreement: 90}\nruntime: {provider: openvino, compiled: true}\n"
+    )
+    shows = SimpleNamespace(progress=lambda *done: None)
+    bench = SimpleNamespace(profile=load_profile(tmp_path / "p.yaml"), folders={"export": tmp_path}, shows=shows)
+    entry = make._compile(bench, tmp_path)
+    with OnnxRuntime.load(tmp_path / entry["file"], threads=1, options=openvino("fp32")) as model:
+        np.testing.assert_allclose(model.run(batch), wanted, atol=1e-4)
 
 
 @here

@@ -26,7 +26,7 @@ from vitprune_deploy.artifact import sha256_file
 from vitprune_deploy.backends import tensorrt
 from vitprune_deploy.backends._cuda import open_cuda
 from vitprune_deploy.backends.onnxruntime import OnnxRuntime
-from vitprune_deploy.build import account, judge, make, runtimes, screen, soundness, training
+from vitprune_deploy.build import account, int8, judge, make, runtimes, screen, soundness, training
 from vitprune_deploy.build.bench import Bench
 from vitprune_deploy.data import Preprocess
 from vitprune_deploy.export.onnx import export_onnx
@@ -206,6 +206,39 @@ def test_an_fp16_product_of_tensorrt_is_judged_against_an_fp32_engine(profile, t
     assert [(onnx, options.precision) for onnx, options in engines_of_nobody] == [
         ("dense.onnx", "fp16"), ("model.onnx", "fp16"), ("reference.onnx", "fp32"), ("model.fp32.onnx", "fp32"),
     ]  # fmt: skip
+
+
+def test_int8_for_tensorrt_is_a_plan_of_a_graph_with_pairs(profile, tmp_path, engines_of_nobody):
+    bench = a_bench(profile("runtime.name=tensorrt", "runtime.try_int8=true"), tmp_path, search_images=tiny.images(4))
+    export_onnx(bench.pruned, bench.folders["export"] / "model.onnx")
+    bench.folders["int8"] = tmp_path / "int8"
+    bench.folders["int8"].mkdir()
+    made = int8._make(bench, bench.folders["int8"])
+    assert made.name == "model.sm89.trt11.4.b1.plan"
+    assert [(onnx, options.precision) for onnx, options in engines_of_nobody] == [("model.int8.onnx", None)]
+    nodes = onnx.load(bench.folders["int8"] / "model.int8.onnx").graph.node
+    assert "QuantizeLinear" in {node.op_type for node in nodes}
+    bench.json = lambda stage, name: []
+    bench.int8_file = lambda: made
+    assert judge.engine_files(bench) == {"pruned": made}
+    assert [(e["precision"], e["file"]) for e in judge._engines(bench)] == [("int8", f"engine/{made.name}")]
+
+
+def test_a_compiled_product_is_what_runs_and_the_graph_stays_beside_it(profile, tmp_path, monkeypatch):
+    def compiled(source, target, *, threads, options):
+        target.write_bytes(source.read_bytes())
+        assert options["provider"] == "openvino"
+
+    monkeypatch.setattr(OnnxRuntime, "compile", compiled)
+    bench = a_bench(profile("runtime.provider=openvino", "runtime.compiled=true"), tmp_path)
+    (bench.folders["export"] / "model.onnx").write_bytes(b"a graph")
+    bench.json = lambda stage, name: json.loads((bench.folders[stage] / name).read_text())
+    make.build_engines(bench, bench.folders["engines"])
+    assert judge.engine_files(bench)["pruned"].read_bytes() == b"a graph"
+    engines = judge._engines(bench)
+    assert [(e["file"], e["status"]) for e in engines] == [("engine/model.compiled.onnx", "run"), ("model.onnx", "run")]
+    assert engines[0]["options"] == engines[1]["options"]
+    assert engines[0]["compiled"]
 
 
 def test_what_compatibility_costs_is_measured_beside_an_engine_without_it(

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from vitprune.errors import InputError
+from vitprune_deploy import processor
 from vitprune_deploy.backends import onnxruntime
 from vitprune_deploy.profile import commented_yaml, json_schema, list_profiles, load_profile, patch_size
 from vitprune_deploy.profile.checks import PROVIDERS
@@ -174,6 +175,10 @@ sead: 3
         ("runtime: {cuda: pycuda}", "runtime.cuda: belongs to TensorRT"),
         ("runtime: {name: tensorrt-rtx, provider: cuda}", "runtime.provider: belongs to onnxruntime"),
         ("runtime: {also_build: [{precision: fp32}]}", "runtime.also_build.0.name: is missing"),
+        ("runtime: {also_build: [{name: openvino}]}", "runtime.also_build.0.name: openvino runs model.onnx as it is"),
+        ("runtime: {compiled: true}", "runtime.compiled: belongs to onnxruntime's providers openvino and tensorrt-rtx"),
+        ("runtime: {provider: openvino, compiled: true, try_int8: true}", "runtime.compiled: is not for int8"),
+        ("runtime: {provider: cuda, try_int8: true}", "runtime.try_int8: belongs to processors and to TensorRT"),
         ("runtime: {compute_capabilities: ['8.9']}", "runtime.compute_capabilities: only TensorRT-RTX builds"),
         ("device: {compute_capability: '87'}", "device.compute_capability: must be a compute capability such as 8.7"),
         ("device: {runtimes: {tensorrt: '10'}}", "device.runtimes.tensorrt: must be versions such as"),
@@ -397,6 +402,26 @@ def test_every_key_that_the_commented_profile_offers_is_a_key_with_a_sentence(wr
     sentences = [lines[lines.index(line) - 1].strip() for line in offered]
     assert len(offered) > 20
     assert all(len(sentence) > 10 and sentence.startswith("# ") for sentence in sentences)
+
+
+@pytest.mark.parametrize(
+    ("flags", "installed", "meant"),
+    [
+        ("fma avx2 avx512_bf16", True, "openvino"),
+        ("amx_bf16", True, "openvino"),
+        ("amx_bf16", False, "onnxruntime"),
+        ("avx2 avx512_vnni", True, "onnxruntime"),
+        (None, True, "onnxruntime"),
+    ],
+)
+def test_devices_x86_is_the_one_that_the_machine_is_quickest_as(write, tmp_path, monkeypatch, flags, installed, meant):
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(processor, "find_spec", lambda name: installed or None)
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"model name\t: A\nflags\t\t: {flags}\n\nmodel name\t: A\nflags\t\t: fma\n")
+    found = load_profile(write(f"extends: devices/x86\n{SMALL}"))
+    assert found.runtime.name == meant
+    assert load_profile(write(found.to_yaml())) == found
 
 
 def test_the_profiles_in_the_readme_load(write):

@@ -94,6 +94,7 @@ Engine read_engine(const Json& plain, const fs::path& path) {
   engine.file = plain.value("file", "model.onnx");
   engine.max_batch = read_batch(plain, "max_batch", 0, path);
   engine.min_batch = read_batch(plain, "min_batch", 1, path);
+  engine.compiled = plain.value("compiled", false);
   read_options(plain.value("options", Json::object()), engine, path);
   return engine;
 }
@@ -153,10 +154,10 @@ Manifest Manifest::load(const fs::path& folder) {
 
 const Engine& Manifest::engine(const std::string& runtime) const {
   for (const auto& engine : engines_)
-    if (runtime.empty() ? engine.status == "run" : engine.runtime == runtime) return engine;
+    if (!engine.compiled && (runtime.empty() ? engine.status == "run" : engine.runtime == runtime)) return engine;
   if (runtime == "openvino")
     for (const auto& engine : engines_)
-      if (engine.runtime == "onnxruntime" && is_onnx(engine)) return engine;
+      if (engine.runtime == "onnxruntime" && is_onnx(engine) && !engine.compiled) return engine;
   std::vector<std::string> there;
   for (const auto& engine : engines_)
     there.push_back(text(engine.runtime, " (", engine.precision, ", ", engine.status, ")"));

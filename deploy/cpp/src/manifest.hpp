@@ -24,6 +24,7 @@ struct Engine {
   std::map<std::string, std::int64_t> sizes;            ///< of free dimensions, by name
   std::string computes;  ///< the precision that OpenVINO is told beside the file; empty: that of the file
   std::string device;    ///< of OpenVINO; empty: CPU
+  bool compiled = false;  ///< by a provider of ONNX Runtime that this library does not load
 };
 
 /// What an output folder says of itself, as far as a service needs it; see deploy/vitprune_deploy/artifact.py.

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 RANKINGS = "rankings"  # in the folder of the stage that measures losses
 METHOD_WEIGHTS = "-weights.safetensors"  # behind a token method's name: in the stage that found them
 RANGE_IMAGES = 64  # that tell which operations fp16 cannot hold
-INT8 = "int8.json"  # in the folder of the stage that tries it
+INT8 = "int8.json"  # in the folder of the stage that tries it, as is the next
+INT8_MODEL = "model.int8.onnx"
 METHODS = "methods.json"  # in the folder of the stage that chooses token methods
 OWN_COUNTS = "counts.json"  # there too, where a method's own search was asked for
 
@@ -141,8 +142,8 @@ class Bench:
 
     def int8_file(self) -> Path | None:
         """The pruned model in int8 if it is shipped, which is known once the stage ``int8`` is done."""
-        kept = "int8" in self.folders and self.json("int8", INT8)["kept"]
-        return self.folders["int8"] / "model.int8.onnx" if kept else None
+        found = self.json("int8", INT8) if "int8" in self.folders else {"kept": False}
+        return self.folders["int8"] / found["file"] if found["kept"] else None
 
     def islands(self, model: Vit, precision: str) -> Sequence[Island]:
         """Operations of ``model`` that fp16 cannot hold, by calibration images; none in another precision."""

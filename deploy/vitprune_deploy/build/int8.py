@@ -12,12 +12,13 @@ from typing import Any
 from vitprune.errors import VitpruneError
 
 from .. import validate as checks
-from ..latency.fingerprint import device_fingerprint
 from ..latency.protocol import Distribution
+from ..processor import instruction_sets
 from ..runtime import Model
 from . import runtimes
-from .bench import INT8, Bench, write_json
+from .bench import INT8, INT8_MODEL, Bench, write_json
 from .judge import engine_files, open_engine
+from .make import build_plan, onnx_name
 
 CALIBRATION = 256  # images that fixed scales are found on
 
@@ -28,6 +29,7 @@ def int8_settings(bench: Bench) -> dict[str, Any]:
     return {
         "asked": profile.runtime.try_int8,
         "runtime": profile.runtime.model_dump(mode="json"),
+        "input": profile.input.model_dump(mode="json"),
         "percentile": profile.budget.percentile,
         "accuracy": profile.accuracy.model_dump(mode="json"),
         "validation": profile.validation.model_dump(mode="json"),
@@ -41,26 +43,31 @@ def try_int8(bench: Bench, folder: Path) -> None:
     if not bench.profile.runtime.try_int8:
         write_json(folder / INT8, {"kept": False})
         return
-    path = folder / "model.int8.onnx"
     try:
-        _quantize(bench, path)
-        found = _compare(bench, path)
+        path = _make(bench, folder)
+        found = _compare(bench, path) | {"file": path.name}
     except VitpruneError as error:  # a choice that cannot be had is left out, the build goes on
         found = {"kept": False, "why": str(error)}
     if not found["kept"]:
-        path.unlink(missing_ok=True)
+        for file in folder.glob("model.*"):
+            file.unlink()
     bench.shows.say(f"int8 is {'kept' if found['kept'] else 'left out'}: {found['why']}")
     write_json(folder / INT8, found)
 
 
-def _quantize(bench: Bench, path: Path) -> None:
+def _make(bench: Bench, folder: Path) -> Path:
+    """The engine in int8: an ONNX file, or the plan that TensorRT makes of it."""
     from ..export.int8 import quantize, recipe_for
 
-    runtime, flags = bench.profile.runtime, device_fingerprint("none")["flags"]
+    profile, runtime, path = bench.profile, bench.profile.runtime, folder / INT8_MODEL
     recipe = recipe_for(runtime.name, runtime.provider)
     bench.shows.progress(0, 3, f"quantize, {recipe}")
+    source = bench.folders["export"] / onnx_name(profile, profile.graph_precision)
     images = bench.search_images[:CALIBRATION].numpy()
-    quantize(engine_files(bench)["pruned"], path, recipe, images, frozenset(flags))
+    quantize(source, path, recipe, images, frozenset(instruction_sets()))
+    if not runtimes.is_tensorrt(runtime.name):
+        return path
+    return build_plan(path, folder, "model", runtimes.engine_options(profile, bench.pruned.config, runtime.name))
 
 
 def _compare(bench: Bench, path: Path) -> dict[str, Any]:

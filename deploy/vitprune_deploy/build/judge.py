@@ -28,7 +28,7 @@ from ..runtime import Model
 from . import runtimes, soundness
 from .account import collect
 from .bench import INT8, Bench, write_json
-from .make import PLAIN, onnx_name
+from .make import COMPILED, PLAIN, onnx_name
 
 PACKAGES = ("numpy", "pillow", "torch", "timm", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
             "openvino", "nncf", "tensorrt", "tensorrt-rtx")  # fmt: skip
@@ -162,14 +162,16 @@ def engine_files(bench: Bench) -> dict[str, Path]:
     From the stage ``int8`` on, the pruned one is that in int8 if it was kept.
     """
     runtime, exported = bench.profile.runtime, bench.folders["export"]
-    if runtimes.is_tensorrt(runtime.name):
-        names = {"dense": "dense", "model": "pruned", "reference": "reference"}
-        built = (e for e in product_engines(bench) if e["model"] in names)
-        return {names[e["model"]]: bench.folders["engines"] / e["file"] for e in built}
-    files = {"dense": exported / "dense.onnx", "pruned": bench.int8_file() or exported / "model.onnx"}
-    if runtime.precision == "fp32":
-        return files
-    return files | {"reference": exported / ("dense.onnx" if bench.profile.tells_precision else "reference.onnx")}
+    files = {}
+    if not runtimes.is_tensorrt(runtime.name):
+        files = {"dense": exported / "dense.onnx", "pruned": exported / "model.onnx"}
+        if runtime.precision != "fp32":
+            files["reference"] = exported / ("dense.onnx" if bench.profile.tells_precision else "reference.onnx")
+    names = {"dense": "dense", "model": "pruned", "reference": "reference"}
+    built = (engine for engine in product_engines(bench) if engine["model"] in names)
+    files |= {names[engine["model"]]: bench.folders["engines"] / engine["file"] for engine in built}
+    int8 = bench.int8_file()
+    return files | ({"pruned": int8} if int8 else {})
 
 
 def product_engines(bench: Bench) -> list[dict[str, Any]]:
@@ -310,16 +312,18 @@ def _engines(bench: Bench) -> list[dict[str, Any]]:
     """The engine that was validated, then those that were only built."""
     profile = bench.profile
     product = {"runtime": profile.runtime.name, "precision": profile.runtime.precision}
-    loads = {"options": runtimes.load_options(profile), "max_batch": profile.input.batch.max}
+    plans = {"min_batch": profile.input.batch.min, "max_batch": profile.input.batch.max}
+    files = {"options": runtimes.load_options(profile), "max_batch": profile.input.batch.max}
+    ours = plans if runtimes.is_tensorrt(profile.runtime.name) else files
     entries = []
     if int8 := bench.int8_file():
-        entries.append({**product, "precision": "int8", "status": "run", "file": f"engine/{int8.name}", **loads})
-    if not runtimes.is_tensorrt(profile.runtime.name):
-        entries.append({**product, "status": "run", "file": onnx_name(profile, profile.graph_precision), **loads})
+        entries.append({**product, "precision": "int8", "status": "run", "file": f"engine/{int8.name}", **ours})
     for engine in bench.json("engines", "engines.json"):
         if engine["model"] == "model":
             built = {name: engine[name] for name in ("runtime", "precision")}
-            status = "run" if built == product else "built"
-            served = {"min_batch": profile.input.batch.min, "max_batch": profile.input.batch.max}
-            entries.append({**built, "status": status, "file": f"engine/{engine['file']}", **served})
-    return entries
+            served = {"status": "run", **ours} if built == product else {"status": "built", **plans}
+            compiled = {"compiled": True} if engine["file"] == COMPILED else {}
+            entries.append({**built, "file": f"engine/{engine['file']}", **served, **compiled})
+    if not runtimes.is_tensorrt(profile.runtime.name):
+        entries.append({**product, "status": "run", "file": onnx_name(profile, profile.graph_precision), **files})
+    return sorted(entries, key=lambda entry: entry["status"] != "run")

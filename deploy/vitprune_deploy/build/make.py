@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
     from vitprune.model.vit import Vit
 
+    from ..backends.tensorrt import EngineOptions
     from ..export.islands import Island
 
 PLAIN = "plain"  # the product's engine without compatibility, which shows what that costs
+COMPILED = "model.compiled.onnx"
 DENSE_PARITY_IMAGES = 8  # the dense files are not the product: they only must not be wrong
 
 
@@ -147,14 +149,12 @@ def engine_settings(bench: Bench) -> dict[str, Any]:
         "batch_ranges": bench.profile.input.model_dump(mode="json")["batch_ranges"],
         "compute_capability": bench.profile.device.compute_capability,
         "here": [engine.name for engine in runtime.also_build if _installed(engine.name)],
-        "device": runtimes.device(bench.profile) if runtimes.is_tensorrt(runtime.name) else None,
+        "device": runtimes.device(bench.profile) if runtimes.is_tensorrt(runtime.name) or runtime.compiled else None,
     }
 
 
 def build_engines(bench: Bench, folder: Path) -> None:
     """Build the product's own engine where its runtime needs one, and the further ones whose package is here."""
-    from ..backends.tensorrt import build_engine, engine_name, sidecar_path
-
     profile, found = bench.profile, []
     config = bench.pruned.config
     if runtimes.is_tensorrt(profile.runtime.name):
@@ -173,15 +173,38 @@ def build_engines(bench: Bench, folder: Path) -> None:
             bench.shows.say(f"{engine.name} is not installed, so its engine is left out")
     for number, (name, runtime, precision, onnx) in enumerate(wanted):
         bench.shows.progress(number, len(wanted), f"{name} for {runtime} in {precision}")
-        options, built = runtimes.engine_options(profile, config, runtime, precision), folder / f"{name}.plan"
+        options = runtimes.engine_options(profile, config, runtime, precision)
         if name == PLAIN:
             options = replace(options, hardware_compatibility="none", version_compatible=False)
-        sidecar = build_engine(bench.folders["export"] / onnx, built, options)
-        plan = folder / engine_name(name, sidecar)  # the sidecar knows the version and the GPU
-        for one, other in ((built, plan), (sidecar_path(built), sidecar_path(plan))):
-            one.rename(other)
+        plan = build_plan(bench.folders["export"] / onnx, folder, name, options)
         found.append({"model": name, "runtime": runtime, "precision": precision, "file": plan.name, "status": "built"})
+    if profile.runtime.compiled:
+        found.append(_compile(bench, folder))
     write_json(folder / "engines.json", found)
+
+
+def build_plan(onnx: Path, folder: Path, name: str, options: EngineOptions) -> Path:
+    """Build a TensorRT plan with its sidecar in ``folder``; its file name says what it serves."""
+    from ..backends.tensorrt import build_engine, engine_name, sidecar_path
+
+    built = folder / f"{name}.plan"
+    sidecar = build_engine(onnx, built, options)
+    plan = folder / engine_name(name, sidecar)  # the sidecar knows the version and the GPU
+    for one, other in ((built, plan), (sidecar_path(built), sidecar_path(plan))):
+        one.rename(other)
+    return plan
+
+
+def _compile(bench: Bench, folder: Path) -> dict[str, Any]:
+    """The product compiled ahead of time by its execution provider, as an entry of ``engines.json``."""
+    from ..backends.onnxruntime import OnnxRuntime
+
+    profile = bench.profile
+    bench.shows.progress(0, 1, f"compile for {profile.runtime.provider}")
+    source, options = bench.folders["export"] / "model.onnx", runtimes.load_options(profile)
+    OnnxRuntime.compile(source, folder / COMPILED, threads=profile.budget.threads, options=options)
+    runtime, precision = profile.runtime.name, profile.runtime.precision
+    return {"model": "model", "runtime": runtime, "precision": precision, "file": COMPILED, "status": "built"}
 
 
 def _export(bench: Bench, model: Vit, path: Path, precision: str, islands: Sequence[Island]) -> dict[str, Any]:

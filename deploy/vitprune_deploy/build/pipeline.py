@@ -70,7 +70,7 @@ STAGES = (
     ),
     Stage("engines", ("export",), ("engines.json",), make.engine_settings, (), make.build_engines),
     Stage(
-        "int8", ("model", "images", "export", "engines"), (INT8,), int8.int8_settings,
+        "int8", ("model", "images", "recover", "export", "engines"), (INT8,), int8.int8_settings,
         ("onnxruntime", "openvino", "nncf"), int8.try_int8,
     ),
     Stage(

@@ -14,7 +14,7 @@ from ..data import picked
 from ..runtime import Model
 from ..validate import fusion
 from . import runtimes
-from .bench import Bench
+from .bench import INT8_MODEL, Bench
 from .make import onnx_name
 
 
@@ -28,7 +28,8 @@ def consistency(bench: Bench, backend: str, engine: Path) -> checks.Consistency:
     profile, tested = bench.profile, bench.images.test
     runtime, options = profile.runtime, runtimes.load_options(profile)
     int8 = bench.int8_file()
-    onnx = int8 or bench.folders["export"] / onnx_name(profile, profile.graph_precision)
+    exported = bench.folders["export"] / onnx_name(profile, profile.graph_precision)
+    onnx = bench.folders["int8"] / INT8_MODEL if int8 else exported
     images, _ = picked(tested, bench.preprocess, range(min(checks.FEW, len(tested))))
     return checks.check_consistency(
         checks.subject(backend, engine, onnx, threads=profile.budget.threads, options=options),

@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",
-         "asimd", "asimddp", "asimdhp", "sve", "bf16", "i8mm")  # fmt: skip
+from ..processor import instruction_sets
+
 REFUSED = ("cpu", "architecture", "cores", "flags", "gpus", "runtime", "provider", "threads")
 GPU_FIELDS = {
     "name": "name",
@@ -46,7 +46,7 @@ def device_fingerprint(runtime: str, provider: str = "cpu", threads: int | None 
         "cpu": _cpu_model(),
         "architecture": platform.machine(),
         "cores": _cores(),
-        "flags": _flags(),
+        "flags": instruction_sets(),
         "memory_mb": _memory_mb(),
         "os": f"{platform.system()} {platform.release()}",
         "gpus": _nvidia_smi(GPU_FIELDS),
@@ -123,15 +123,6 @@ def _cpu_model() -> str:
 def _cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _flags() -> list[str]:
-    """Instruction sets of note; empty where the system does not list them."""
-    for line in _text(Path("/proc/cpuinfo")).splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return sorted(set(FLAGS) & set(value.split()))
-    return []
 
 
 def _memory_mb() -> int | None:

@@ -18,6 +18,7 @@ Rule = Callable[[Any], Iterator[Problem]]
 
 RULES: list[Rule] = []
 BF16_CAPABILITY = 8.0  # Ampere, the first with bf16 in its Tensor Cores
+COMPILERS = ("openvino", "tensorrt-rtx")  # providers that write EPContext files
 BF16_OPSET = 22  # the first in which a convolution may be in bf16
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # tensorrt_rtx.ComputeCapability, 1.7
 NOT_RTX = {  # what TensorRT-RTX has in place of what it has not
@@ -231,11 +232,25 @@ def _tensorrt_has_what_is_asked(p: Any) -> Iterator[Problem]:
 
 
 @_rule
-def _int8_is_tried_on_processors(p: Any) -> Iterator[Problem]:
-    if p.runtime.try_int8 and p.runtime.name not in ("onnxruntime", "openvino"):
-        yield "runtime.try_int8", f"belongs to onnxruntime and openvino, and runtime.name is {p.runtime.name}"
+def _int8_has_kernels(p: Any) -> Iterator[Problem]:
     if p.runtime.try_int8 and p.runtime.provider not in ("cpu", "CPUExecutionProvider", "openvino"):
-        yield "runtime.try_int8", f"belongs to processors, and runtime.provider is {p.runtime.provider}"
+        yield "runtime.try_int8", f"belongs to processors and to TensorRT, and runtime.provider is {p.runtime.provider}"
+
+
+@_rule
+def _compiled_has_a_compiler(p: Any) -> Iterator[Problem]:
+    able = p.runtime.name == "onnxruntime" and p.runtime.provider in COMPILERS
+    if p.runtime.compiled and not able:
+        yield "runtime.compiled", f"belongs to onnxruntime's providers {' and '.join(COMPILERS)}"
+    if p.runtime.compiled and p.runtime.try_int8:
+        yield "runtime.compiled", "is not for int8; leave it or runtime.try_int8 out"
+
+
+@_rule
+def _further_engines_are_built(p: Any) -> Iterator[Problem]:
+    for number, engine in enumerate(p.runtime.also_build):
+        if not engine.name.startswith("tensorrt"):
+            yield f"runtime.also_build.{number}.name", f"{engine.name} runs model.onnx as it is; leave it out"
 
 
 @_rule

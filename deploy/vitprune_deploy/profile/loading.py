@@ -14,12 +14,15 @@ from pydantic import ValidationError
 
 from vitprune.errors import InputError
 
+from ..processor import favours_openvino
 from . import checks
 from .explain import Readable, filled, in_order, path_keys, rule_errors, type_errors
 from .schema import Profile
 from .tree import Tree, parse, read, show
 
 SHIPPED = (Path(__file__).parent.parent / "profiles").resolve()  # in a checkout a link to profiles/ at its root
+X86 = "devices/x86"  # stands for one of the next two, by what the machine has that loads the profile
+X86_BF16, X86_CPU = "devices/x86-bf16", "devices/x86-cpu"
 _MAX_FILES = 50
 _MAY_BE_FOLDERS = {"source", "root"}  # of images; all other paths are files
 
@@ -81,6 +84,8 @@ def list_profiles() -> list[Listed]:
 
 def _find(name: str, folder: Path) -> Path | None:
     """The file that ``name`` means in ``folder``: itself, with .yaml, or a shipped one."""
+    if name == X86:
+        name = X86_BF16 if favours_openvino() else X86_CPU
     for place in (folder, SHIPPED):
         for candidate in (name, f"{name}.yaml"):
             # Path.is_file raises on a name that is too long

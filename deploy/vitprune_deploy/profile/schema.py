@@ -179,7 +179,12 @@ class Runtime(Section):
     try_int8: bool = Field(
         default=False,
         description="try the pruned model in int8 too: it is shipped where it is measured to be faster and holds the "
-        "accuracy floors, and left out with the reason otherwise; onnxruntime and openvino on processors",
+        "accuracy floors, and left out with the reason otherwise; TensorRT, and processors",
+    )
+    compiled: bool = Field(
+        default=False,
+        description="compile the product ahead of time for this very device and provider, on which it then loads "
+        "faster: onnxruntime's providers openvino and tensorrt-rtx",
     )
     also_build: tuple[Engine, ...] = Field(
         default=(),

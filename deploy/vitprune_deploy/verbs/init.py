@@ -14,10 +14,11 @@ from ..artifact import write_atomic
 from ..console import Console
 from ..data.sources import open_source
 from ..latency.fingerprint import device_fingerprint
+from ..processor import favours_openvino
 from ..profile import commented_yaml, list_profiles, load_profile
 from ..profile.checks import RTX_CAPABILITIES
+from ..profile.loading import X86_BF16, X86_CPU
 from .answer import Answer
-from .doctor import is_installed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 TRAIN, TEST = ("train", "training"), ("test", "val", "valid", "validation")
 TIMM_CLASSES = 1000
-BF16_UNITS = {"amx_bf16", "avx512_bf16"}  # instruction sets of x86 processors
 LARGEST_DROP = 1.0  # points of top-1
 LEAST_AGREEMENT = 97.0  # percent, where images carry no classes
 DEFAULT_NAME = "profile"  # of the file; any other names the profile, and so the output folder
@@ -168,8 +168,7 @@ def _device(speedup: float) -> dict[str, Any]:
     budget = {"budget": {"speedup": speedup}}
     if not here["gpus"]:
         if here["architecture"] in ("x86_64", "AMD64"):
-            halves = BF16_UNITS & set(here["flags"]) and is_installed("openvino")
-            return {"extends": "devices/x86-bf16" if halves else "devices/x86-cpu", **threads}
+            return {"extends": X86_BF16 if favours_openvino() else X86_CPU, **threads}
         return {"device": {"name": here["cpu"]}, **threads}
     gpu = here["gpus"][0]
     for listed in list_profiles():

@@ -12,6 +12,7 @@ from vitprune.errors import VitpruneError
 
 from .. import validate as checks
 from ..artifact import EngineEntry, Manifest
+from ..build.bench import INT8_MODEL
 from ..profile import Profile
 from ..validate.consistency import check_row
 from .answer import table
@@ -58,8 +59,8 @@ def consistency_text(found: Mapping[str, Mapping[str, Any]]) -> str:
 def _subject(folder: Path, manifest: Manifest, profile: Profile, engine: EngineEntry) -> checks.Subject:
     """An engine of the folder, with the ONNX file of its precision."""
     extra = _extra(engine)
-    run = next(one.precision for one in manifest.engines if one.status == "run")
-    onnx = folder / ("model.onnx" if engine.precision == run else f"model.{engine.precision}.onnx")
+    names = {"int8": f"engine/{INT8_MODEL}", profile.runtime.precision: "model.onnx"}
+    onnx = folder / names.get(engine.precision, f"model.{engine.precision}.onnx")
     return checks.subject(
         engine.runtime.removesuffix("-rtx"),
         folder / extra.get("file", "model.onnx"),
