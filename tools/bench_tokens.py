@@ -117,10 +117,11 @@ Written by `tools/bench_tokens.py` from builds of `profiles/{profile}.yaml` in w
 MLP and depth stay whole, the last block is computed for the class token alone, counts are searched on the machine that
 measures, and every engine is judged on the 10,000 test images. The dense model's top-1 is {dense}%. *Trained*:
 {seconds:g} seconds of distillation, alike for all; that is no training in their authors' sense, and methods with
-weights of their own suffer from it. *Predicted* is the search's word for the speed-up. *Drift* is the spread (90th
-minus 10th percentile) of the reference while the engines were timed in turn: {cpu}, {cores} cores, shared with others;
-where it is large, speed-ups are uncertain by several percent. One model of 100 patches and 6 blocks ranks no methods
-for others.
+weights of their own suffer from it. Where training found nothing better on images held out, it kept the weights that
+it began with, and both rows are of one model. *Predicted* is the search's word for the speed-up. *Drift* is the
+spread (90th minus 10th percentile) of the reference while the engines were timed in turn: {cpu}, {cores} cores,
+shared with others; where it is large, speed-ups are uncertain by several percent. One model of 100 patches and 6
+blocks ranks no methods for others.
 """
 HEAD = f"{'row':32} {'top-1':>6} {'agree':>6} {'speed-up':>8} {'predicted':>9} {'ms':>7} {'drift':>6}  patches"
 
