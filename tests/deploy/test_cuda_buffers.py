@@ -8,7 +8,10 @@ from __future__ import annotations
 import ctypes
 import inspect
 import re
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -16,7 +19,7 @@ import pytest
 
 from vitprune.errors import InputError, MissingError
 from vitprune_deploy.backends import _cuda
-from vitprune_deploy.backends._cuda import Bindings, PyCuda, open_cuda
+from vitprune_deploy.backends._cuda import Bindings, Cudart, PyCuda, open_cuda
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +49,103 @@ def test_pycuda_that_is_not_installed_comes_with_a_command(monkeypatch):
         open_cuda("pycuda")
 
 
-def test_neither_installed_names_both(monkeypatch):
+def test_where_none_is_installed_all_are_named(monkeypatch):
     for module in ("pycuda", "cuda.bindings.runtime"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingError, match=r"^cuda\.bindings and pycuda cannot be imported"):
+    monkeypatch.setattr(_cuda, "LIBRARIES", ("libcudart.nowhere.so",))
+    with pytest.raises(MissingError, match=r"^cuda\.bindings and pycuda and libcudart cannot be imported"):
         open_cuda()
 
 
+def the_library() -> str:
+    """CUDA's own runtime library, as torch's dependencies bring it."""
+    found = [file for root in sys.path for file in Path(root).glob("nvidia/*/lib/libcudart.so.*")]
+    if not found:
+        pytest.skip("there is no libcudart")
+    return str(found[0])
+
+
+def test_every_call_that_we_make_exists_in_the_library():
+    names = set(re.findall(r'"(cuda[A-Z]\w+)"', inspect.getsource(Cudart)))
+    one_of = {name for name in names if name.startswith("cudaGetDeviceProperties")}  # CUDA 12 has one, 13 the other
+    assert {"cudaMalloc", "cudaMemcpyAsync", "cudaStreamCreate", "cudaEventElapsedTime"} <= names
+    library = ctypes.CDLL(the_library())
+    assert [name for name in sorted(names - one_of) if not hasattr(library, name)] == []
+    assert any(hasattr(library, name) for name in one_of)
+
+
+def test_the_systems_library_says_that_there_is_no_driver(monkeypatch):
+    monkeypatch.setattr(_cuda, "LIBRARIES", (the_library(),))
+    count = ctypes.c_int()
+    if ctypes.CDLL(the_library()).cudaGetDeviceCount(ctypes.byref(count)) == 0 and count.value:
+        pytest.skip("there is a GPU")
+    with pytest.raises(MissingError, match=r"^(no NVIDIA driver|there is no NVIDIA GPU)"):
+        open_cuda("libcudart")
+
+
+DOUBLE = """
+#include <stdlib.h>
+#include <string.h>
+static int live;
+int cudaGetDeviceCount(int *n) { *n = 1; return 0; }
+int cudaSetDevice(int n) { return n != 0; }
+int cudaMemGetInfo(size_t *free_, size_t *total) { *free_ = 1; *total = 8000000000u; return 0; }
+int cudaDeviceGetAttribute(int *v, int which, int n) {
+  *v = which == 75 ? 8 : which == 76 ? 7 : which == 16 ? 14 : -1;
+  return n;
+}
+int cudaDriverGetVersion(int *v) { *v = 12060; return 0; }
+int cudaGetDeviceProperties(char *p, int n) { strcpy(p, "Orin"); return n; }
+int cudaMalloc(void **p, size_t n) { if (n > 1000000) return 2; *p = malloc(n); live++; return 0; }
+int cudaFree(void *p) { free(p); live--; return 0; }
+int cudaHostAlloc(void **p, size_t n, unsigned f) { *p = malloc(n); live++; return f; }
+int cudaFreeHost(void *p) { free(p); live--; return 0; }
+int cudaStreamCreate(void **s) { *s = malloc(1); return 0; }
+int cudaStreamSynchronize(void *s) { return s == 0; }
+int cudaMemcpyAsync(void *to, const void *from, size_t n, int kind, void *s) {
+  if (!s || kind < 1 || kind > 2) return 1;
+  memcpy(to, from, n);
+  return 0;
+}
+int cudaEventCreate(void **e) { *e = malloc(1); return 0; }
+int cudaEventRecord(void *e, void *s) { return !e || !s; }
+int cudaEventElapsedTime(float *ms, void *a, void *b) { *ms = 1.5f; return !a || !b; }
+const char *cudaGetErrorName(int code) { return code == 2 ? "cudaErrorMemoryAllocation" : "cudaErrorUnknown"; }
+int alive(void) { return live; }
+"""
+
+
+def test_the_systems_library_is_called_by_its_c_interface(tmp_path, monkeypatch):
+    if shutil.which("cc") is None:
+        pytest.skip("there is no C compiler")
+    (tmp_path / "double.c").write_text(DOUBLE)
+    library = tmp_path / "libcudart.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "double.c"], check=True)
+    monkeypatch.setattr(_cuda, "LIBRARIES", (str(library),))
+    cuda = open_cuda("libcudart")
+    assert cuda.device() == _cuda.Device("Orin", "8.7", 8_000_000_000, 14, "12.6")
+    stream, address = cuda.stream(), cuda.allocate(24)
+    assert cuda.handle(stream) > 0
+    host = cuda.pinned((2, 3), np.dtype("float32"))
+    host[:] = np.arange(6).reshape(2, 3)
+    cuda.copy_in(address, host, stream)
+    back = np.zeros_like(host)
+    cuda.copy_out(back, address, stream)
+    cuda.synchronize(stream)
+    np.testing.assert_array_equal(back, host)
+    first, last = cuda.event(), cuda.event()
+    cuda.record(first, stream)
+    cuda.record(last, stream)
+    assert cuda.elapsed_ms(first, last) == 1.5
+    with pytest.raises(MissingError, match="the GPU has no memory left"):
+        cuda.allocate(10**9)
+    cuda.free(address)
+    del host
+    assert ctypes.CDLL(str(library)).alive() == 0
+
+
 def test_an_unknown_package_is_an_input_error():
-    with pytest.raises(InputError, match=r"CUDA is reached through cuda\.bindings or pycuda, not 'cupy'"):
+    with pytest.raises(InputError, match=r"CUDA is reached through cuda\.bindings or pycuda or libcudart, not 'cupy'"):
         open_cuda("cupy")
 
 

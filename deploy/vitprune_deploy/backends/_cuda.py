@@ -1,7 +1,8 @@
-"""What running an engine needs of CUDA, behind one small interface with two implementations.
+"""What running an engine needs of CUDA, behind one small interface with three implementations.
 
-``cuda.bindings`` (NVIDIA's own, a wheel) and ``pycuda`` (compiled against the toolkit). Both use the primary context
-of device 0, which TensorRT uses too. Every call that fails is a sentence.
+``cuda.bindings`` (NVIDIA's own, a wheel), ``pycuda`` (compiled against the toolkit), and the system's ``libcudart``
+through ctypes, which a board with CUDA has though nothing of it is in Python. All use the primary context of device 0,
+which TensorRT uses too. Every call that fails is a sentence.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Cuda(ABC):
 
 
 def open_cuda(package: str | None = None) -> Cuda:
-    """CUDA by way of ``package``: 'cuda.bindings' or 'pycuda'; None: the first that is installed.
+    """CUDA by way of ``package``: 'cuda.bindings', 'pycuda' or 'libcudart'; None: the first that is installed.
 
     Raises:
         InputError: no such package is known.
@@ -251,7 +252,119 @@ class PyCuda(Cuda):
             raise MissingError(f"CUDA failed: {error}") from error
 
 
-KINDS: dict[str, type[Any]] = {"cuda.bindings": Bindings, "pycuda": PyCuda}
+@final
+class Cudart(Cuda):
+    """CUDA's runtime API in the system's own library, by its C interface."""
+
+    package = "libcudart"
+    TO_DEVICE, TO_HOST = 1, 2  # cudaMemcpyKind
+    MAJOR, MINOR, MULTIPROCESSORS = 75, 76, 16  # cudaDeviceAttr
+    NAME_BYTES, PROPERTIES_BYTES = 256, 8192  # a cudaDeviceProp begins with the name; it has grown to about 1 kB
+
+    def __init__(self) -> None:
+        self._library = _cudart()
+        if not self._number("cudaGetDeviceCount"):
+            raise MissingError("there is no NVIDIA GPU in this machine")
+        self._call("cudaSetDevice", ctypes.c_int(0))
+
+    def device(self) -> Device:
+        total = ctypes.c_size_t()
+        self._call("cudaMemGetInfo", ctypes.byref(ctypes.c_size_t()), ctypes.byref(total))
+        major, minor, multiprocessors = (
+            self._number("cudaDeviceGetAttribute", ctypes.c_int(which), ctypes.c_int(0))
+            for which in (self.MAJOR, self.MINOR, self.MULTIPROCESSORS)
+        )
+        driver = _version(self._number("cudaDriverGetVersion"))
+        return Device(self._name(), f"{major}.{minor}", total.value, multiprocessors, driver)
+
+    def allocate(self, size_bytes: int) -> int:
+        return self._address("cudaMalloc", ctypes.c_size_t(size_bytes))
+
+    def free(self, address: int) -> None:
+        self._call("cudaFree", ctypes.c_void_p(address))
+
+    def pinned(self, shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
+        size = int(np.prod(shape)) * dtype.itemsize
+        address = self._address("cudaHostAlloc", ctypes.c_size_t(size), ctypes.c_uint(0))
+        raw = (ctypes.c_byte * size).from_address(address)
+        free = self._library.cudaFreeHost
+        weakref.finalize(raw, free, ctypes.c_void_p(address)).atexit = False  # at exit the driver frees everything
+        return np.frombuffer(memoryview(raw), dtype=dtype).reshape(shape)
+
+    def stream(self) -> Any:
+        return self._address("cudaStreamCreate")
+
+    def handle(self, stream: Any) -> int:
+        return int(stream)
+
+    def synchronize(self, stream: Any) -> None:
+        self._call("cudaStreamSynchronize", ctypes.c_void_p(stream))
+
+    def copy_in(self, address: int, array: np.ndarray, stream: Any) -> None:
+        self._copy(address, array.ctypes.data, array.nbytes, self.TO_DEVICE, stream)
+
+    def copy_out(self, array: np.ndarray, address: int, stream: Any) -> None:
+        self._copy(array.ctypes.data, address, array.nbytes, self.TO_HOST, stream)
+
+    def event(self) -> Any:
+        return self._address("cudaEventCreate")
+
+    def record(self, event: Any, stream: Any) -> None:
+        self._call("cudaEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream))
+
+    def elapsed_ms(self, first: Any, last: Any) -> float:
+        found = ctypes.c_float()
+        self._call("cudaEventElapsedTime", ctypes.byref(found), ctypes.c_void_p(first), ctypes.c_void_p(last))
+        return found.value
+
+    def _copy(self, target: int, source: int, size: int, kind: int, stream: Any) -> None:
+        ends = ctypes.c_void_p(target), ctypes.c_void_p(source)
+        self._call("cudaMemcpyAsync", *ends, ctypes.c_size_t(size), ctypes.c_int(kind), ctypes.c_void_p(stream))
+
+    def _name(self) -> str:
+        """The GPU's name; in CUDA 12 the library has the call under another name."""
+        properties = ctypes.create_string_buffer(self.PROPERTIES_BYTES)
+        versions = ("cudaGetDeviceProperties_v2", "cudaGetDeviceProperties")
+        call = next(name for name in versions if hasattr(self._library, name))
+        self._call(call, properties, ctypes.c_int(0))
+        return _text(properties.raw[: self.NAME_BYTES])
+
+    def _address(self, name: str, *arguments: Any) -> int:
+        """The address that a call writes to its first argument."""
+        found = ctypes.c_void_p()
+        self._call(name, ctypes.byref(found), *arguments)
+        return int(found.value or 0)
+
+    def _number(self, name: str, *arguments: Any) -> int:
+        """The number that a call writes to its first argument."""
+        found = ctypes.c_int()
+        self._call(name, ctypes.byref(found), *arguments)
+        return found.value
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        code = getattr(self._library, name)(*arguments)
+        if code != 0:
+            told = self._library.cudaGetErrorName
+            told.restype = ctypes.c_char_p
+            raise MissingError(_complain(name, code, _text(told(code) or b"")))
+
+
+def _cudart() -> Any:
+    """The library, wherever the system or CUDA's own folder has it.
+
+    Raises:
+        ImportError: nowhere.
+    """
+    for name in LIBRARIES:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise ImportError(f"there is no {LIBRARIES[0]}")
+
+
+LIBRARIES = ("libcudart.so", "libcudart.so.13", "libcudart.so.12", "/usr/local/cuda/lib64/libcudart.so")
+KINDS: dict[str, type[Any]] = {"cuda.bindings": Bindings, "pycuda": PyCuda, "libcudart": Cudart}
 NO_DRIVER = "no NVIDIA driver was found on this machine"
 
 
