@@ -26,6 +26,7 @@ FLOORS = [
     ["vitprune_deploy.backends"],
     ["vitprune_deploy.export"],
     ["vitprune_deploy.latency"],
+    ["vitprune_deploy.remote"],
     ["vitprune_deploy.runtime", "vitprune_deploy.validate"],
     ["vitprune_deploy.triton"],
     ["vitprune_deploy.report"],
@@ -36,8 +37,9 @@ FLOORS = [
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 LIGHT = ["profile", "artifact", "data", "runtime", "triton", "cli", "backends.base", "backends.onnxruntime",
-         "backends.tensorrt"]  # fmt: skip
-HEAVY = ["torch", "timm", "onnx", "onnxscript", "safetensors", "jinja2", "accelerate", "scipy", "matplotlib"]
+         "backends.tensorrt", "remote.connection", "remote.registry"]  # fmt: skip
+HEAVY = ["torch", "timm", "onnx", "onnxscript", "safetensors", "jinja2", "accelerate", "scipy", "matplotlib",
+         "asyncssh"]  # fmt: skip
 
 
 def module_name(path: Path) -> str:

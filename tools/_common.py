@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitprune_deploy.artifact import canonical_sha256, sha256_file
 from vitprune_deploy.build import judge, pipeline, runtimes
 from vitprune_deploy.build.bench import Bench
 from vitprune_deploy.console import Console
 from vitprune_deploy.export.onnx import export_module, symbolic_axis
 from vitprune_deploy.export.precision import in_precision, opset_for
+from vitprune_deploy.files import canonical_sha256, sha256_file
 from vitprune_deploy.latency.protocol import Measurement
 from vitprune_deploy.latency.wholes import measure_models
 from vitprune_deploy.profile import Profile, load_profile

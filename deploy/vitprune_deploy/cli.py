@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -46,6 +46,7 @@ EXTRAS = {  # which extra brings a package
     "tensorrt_rtx": "tensorrt-rtx",
     "cuda": "tensorrt",
     "pycuda": "pycuda",
+    "asyncssh": "ssh",
 }
 
 app = typer.Typer(
@@ -57,6 +58,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+devices = typer.Typer(
+    help="Boards that are reached over ssh: add, list, remove and check them.",
+    epilog=f"\b\nExample:\n  vitprune-deploy devices add jetson ssh://me@192.168.1.20\n\n{EXIT_CODES}",
+)
+app.add_typer(devices, name="devices")
 UsageError: Any = typer.BadParameter.__base__  # typer exports only what derives from it, and where it lives changes
 
 ProfileArgument = Annotated[
@@ -66,6 +72,9 @@ SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="replace a key of the profile; may be repeated")
 ]
 OutOption = Annotated[Path | None, typer.Option(help="output folder  [default: out/NAME of the profile]")]
+HostOption = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="measure and build on a board: ssh://user@board, or its name")
+]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="repeat finished stages as well")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads  [default: all cores]")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, only the result")]
@@ -95,8 +104,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _flushed(code or 0)
 
 
-def _verb(example: str) -> Callable[[Verb], Verb]:
-    """Makes a function the verb of its name, with the options that every verb has; it is given a console first."""
+def _verb(example: str, group: typer.Typer = app, name: str | None = None) -> Callable[[Verb], Verb]:
+    """Makes a function the verb of its name, with the options that every verb has; it is given a console first.
+
+    Args:
+        group: what the verb belongs to.
+        name: in place of the function's.
+    """
 
     def register(function: Verb) -> Verb:
         own = list(signature(function, eval_str=True).parameters.values())[1:]
@@ -109,7 +123,7 @@ def _verb(example: str) -> Callable[[Verb], Verb]:
         wanted.__signature__ = signature(run).replace(parameters=own + SHARED)
         wanted.__annotations__ = {p.name: p.annotation for p in own + SHARED}
         examples = f"\b\nExample:\n{example}\n\n{EXIT_CODES}"
-        app.command(function.__name__, help=function.__doc__, epilog=examples)(run)
+        group.command(name or function.__name__, help=function.__doc__, epilog=examples)(run)
         return function
 
     return register
@@ -190,6 +204,11 @@ def _flushed(code: int) -> int:
     return code
 
 
+def _with(overrides: Sequence[str], host: str | None) -> list[str]:
+    """What ``--set`` and ``--host`` put in place of the profile's."""
+    return [*overrides, *([] if host is None else [f"device.host={host}"])]
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         console.data(f"vitprune {vitprune.__version__}")
@@ -212,6 +231,7 @@ def build(
     show: console.Console,
     profile: ProfileArgument,
     set_: SetOption = [],  # noqa: B006  (typer copies it)
+    host: HostOption = None,
     out: OutOption = None,
     fresh: FreshOption = False,
     budget: Annotated[str | None, typer.Option(help="in place of the profile's: 5 or 5ms, or 2x")] = None,
@@ -220,7 +240,7 @@ def build(
     """Prune a model to its budget. Export, build, validate and report it too; finished stages are not repeated."""
     from .verbs import building
 
-    return building.build(show, profile, set_, out, fresh=fresh, budget=budget, recover=recover)
+    return building.build(show, profile, _with(set_, host), out, fresh=fresh, budget=budget, recover=recover)
 
 
 @_verb("  vitprune-deploy init deit_small_patch16_224 --data images --speedup 2")
@@ -230,12 +250,13 @@ def init(
     data: Annotated[Path | None, typer.Option(help="folder or archive of images, in folders by class")] = None,
     speedup: Annotated[float, typer.Option(min=1.0, help="times as fast as the model is now")] = 2.0,
     architecture: Annotated[str | None, typer.Option(help="timm name of a checkpoint's architecture")] = None,
+    host: HostOption = None,
     output: Annotated[Path, typer.Option(help="the file to write")] = Path("profile.yaml"),
 ) -> Answer:
-    """Write a commented profile for a model and this machine."""
+    """Write a commented profile for a model and this machine. Or for the board that --host names."""
     from .verbs import init as verb
 
-    return verb.init(show, model, data=data, speedup=speedup, architecture=architecture, output=output)
+    return verb.init(show, model, data=data, speedup=speedup, architecture=architecture, host=host, output=output)
 
 
 @_verb("  vitprune-deploy check my.yaml")
@@ -243,12 +264,13 @@ def check(
     show: console.Console,
     profile: ProfileArgument,
     set_: SetOption = [],  # noqa: B006
+    host: HostOption = None,
     out: OutOption = None,
 ) -> Answer:
     """Find what would make a build fail. All of it at once, before work begins; and estimate how long it takes."""
     from .verbs import check as verb
 
-    return verb.check(show, profile, set_, out)
+    return verb.check(show, profile, _with(set_, host), out)
 
 
 @_verb("  vitprune-deploy measure my.yaml --json > table.json")
@@ -256,13 +278,14 @@ def measure(
     show: console.Console,
     profile: ProfileArgument,
     set_: SetOption = [],  # noqa: B006
+    host: HostOption = None,
     out: OutOption = None,
     fresh: FreshOption = False,
 ) -> Answer:
     """Measure what each part of a model costs on this device."""
     from .verbs import building
 
-    return building.measure(show, profile, set_, out, fresh=fresh)
+    return building.measure(show, profile, _with(set_, host), out, fresh=fresh)
 
 
 @_verb("  vitprune-deploy search my.yaml --budget 1.5x --budget 2x --budget 8ms")
@@ -271,13 +294,14 @@ def search(
     profile: ProfileArgument,
     budget: Annotated[list[str], typer.Option(help="5 or 5ms, or 2x; may be repeated")] = [],  # noqa: B006
     set_: SetOption = [],  # noqa: B006
+    host: HostOption = None,
     out: OutOption = None,
     fresh: FreshOption = False,
 ) -> Answer:
     """Find the best plan for each of several budgets. Or the whole frontier; nothing is trained or exported."""
     from .verbs import building
 
-    return building.search(show, profile, set_, out, fresh=fresh, budgets=budget)
+    return building.search(show, profile, _with(set_, host), out, fresh=fresh, budgets=budget)
 
 
 @_verb("  vitprune-deploy export my.yaml")
@@ -285,13 +309,14 @@ def export(
     show: console.Console,
     profile: ProfileArgument,
     set_: SetOption = [],  # noqa: B006
+    host: HostOption = None,
     out: OutOption = None,
     fresh: FreshOption = False,
 ) -> Answer:
     """Prune and recover a model, and write it as ONNX. What is written is compared with torch."""
     from .verbs import building
 
-    return building.export(show, profile, set_, out, fresh=fresh)
+    return building.export(show, profile, _with(set_, host), out, fresh=fresh)
 
 
 @_verb("  vitprune-deploy refit out/small/engine/model.plan trained/model.onnx --output engines/trained.plan")
@@ -312,11 +337,12 @@ def validate(
     show: console.Console,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="the output folder of a build")],
     set_: SetOption = [],  # noqa: B006
+    host: HostOption = None,
 ) -> Answer:
     """Validate an output folder again on this machine. Files, accuracy, latency, and answers in any batch."""
     from .verbs import validate as verb
 
-    return verb.validate(show, folder, set_)
+    return verb.validate(show, folder, _with(set_, host))
 
 
 @_verb("  vitprune-deploy bench pruned.onnx --against dense.onnx --batch 8 --threads 2")
@@ -406,6 +432,55 @@ def profiles(show: console.Console) -> Answer:
     from .verbs import lists
 
     return lists.profiles()
+
+
+@_verb("  vitprune-deploy devices add jetson ssh://me@192.168.1.20", devices, "add")
+def devices_add(
+    show: console.Console,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="what to call it here")],
+    address: Annotated[str, typer.Argument(metavar="ADDRESS", help="ssh://user@board, or ssh://user@board:2222")],
+    python: Annotated[str, typer.Option(metavar="PATH", help="the Python there that measures")] = "python3",
+    folder: Annotated[str, typer.Option(metavar="PATH", help="where files are put there")] = ".cache/vitprune/board",
+    runner: Annotated[
+        Literal["python", "trtexec"], typer.Option(help="what works there; trtexec needs no Python")
+    ] = "python",
+    fingerprint: Annotated[
+        str | None, typer.Option(metavar="SHA256:...", help="of the board's host key; without it you are asked")
+    ] = None,
+) -> Answer:
+    """Name a board that is reached over ssh. Its host key is shown, and accepted if it is the right one."""
+    from .verbs import devices as verb
+
+    return verb.add(name, address, python=python, folder=folder, runner=runner, fingerprint=fingerprint)
+
+
+@_verb("  vitprune-deploy devices list", devices, "list")
+def devices_list(show: console.Console) -> Answer:
+    """List the boards that have a name."""
+    from .verbs import devices as verb
+
+    return verb.devices()
+
+
+@_verb("  vitprune-deploy devices remove jetson", devices, "remove")
+def devices_remove(
+    show: console.Console, name: Annotated[str, typer.Argument(metavar="NAME", help="one of `devices list`")]
+) -> Answer:
+    """Forget a board and its host key."""
+    from .verbs import devices as verb
+
+    return verb.remove(name)
+
+
+@_verb("  vitprune-deploy devices check jetson", devices, "check")
+def devices_check(
+    show: console.Console,
+    name: Annotated[str, typer.Argument(metavar="NAME|ADDRESS", help="one of `devices list`, or ssh://user@board")],
+) -> Answer:
+    """Show what a board has, or lacks. For measuring there: Python, numpy, a runtime, room on its disk."""
+    from .verbs import devices as verb
+
+    return verb.check(name)
 
 
 def _image_size(text: str | None) -> tuple[int, int] | None:

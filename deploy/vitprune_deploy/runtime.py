@@ -16,12 +16,12 @@ from typing import Any, NamedTuple, final
 import numpy as np
 from PIL import Image
 
-from vitprune import parts
 from vitprune.errors import DamagedFile, InputError
 
 from .artifact import MANIFEST, EngineEntry, Manifest
 from .backends.base import Backend
 from .data.preprocess import Preprocess
+from .remote.device import Device, Here
 
 Images = Image.Image | np.ndarray | Sequence["Image.Image | np.ndarray"]
 CHUNK = 64  # images in one run where the engine names no largest batch
@@ -156,7 +156,14 @@ class Model:
         return inputs
 
 
-def load(path: Path | str, *, runtime: str | None = None, threads: int | None = None, verify: bool = True) -> Model:
+def load(
+    path: Path | str,
+    *,
+    runtime: str | None = None,
+    threads: int | None = None,
+    verify: bool = True,
+    device: Device | None = None,
+) -> Model:
     """The model that a build left in the folder ``path``.
 
     Args:
@@ -164,6 +171,7 @@ def load(path: Path | str, *, runtime: str | None = None, threads: int | None = 
         runtime: which of its engines, such as ``onnxruntime``; None: the one that was validated.
         threads: processor threads that work on one batch; None leaves it to the runtime.
         verify: compare the engine with its sum in the manifest, which shows damage, not who made it.
+        device: where it runs: a ``remote.board.Board``; None: in this process.
 
     Raises:
         InputError: no such folder, or no engine for ``runtime``.
@@ -181,8 +189,8 @@ def load(path: Path | str, *, runtime: str | None = None, threads: int | None = 
             manifest.file(folder, needed)
     preprocess = preprocess_of(manifest, folder)
     # TensorRT-RTX is TensorRT under another package name, and one file serves both
-    kind = parts.load("vitprune_deploy.backends", engine.runtime.removesuffix("-rtx"), Backend)  # type: ignore[type-abstract]
-    backend = kind.load(folder / name, threads=threads, options=extra.get("options"))
+    kind, options = engine.runtime.removesuffix("-rtx"), extra.get("options")
+    backend = (device or Here()).load(kind, folder / name, threads=threads, options=options)
     classes = (manifest.model_extra or {}).get("classes")
     return Model(backend, preprocess, classes, extra.get("max_batch"), extra.get("min_batch", 1))
 

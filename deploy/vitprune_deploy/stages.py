@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from vitprune.errors import InputError
 
-from .artifact import atomic_folder, canonical_sha256, hash_files, remove_folder, sweep, write_atomic, writing
+from .artifact import hash_files
+from .files import atomic_folder, canonical_sha256, remove_folder, sweep, write_atomic, writing
 
 
 class Done(NamedTuple):

@@ -12,17 +12,8 @@ from pathlib import Path
 import pytest
 
 from vitprune.errors import DamagedFile, InputError, MissingError
-from vitprune_deploy.artifact import (
-    Manifest,
-    atomic_path,
-    canonical_sha256,
-    copy_atomic,
-    hash_files,
-    sha256_file,
-    sweep,
-    verify,
-    write_atomic,
-)
+from vitprune_deploy.artifact import Manifest, hash_files, verify
+from vitprune_deploy.files import atomic_path, canonical_sha256, copy_atomic, sha256_file, sweep, write_atomic
 
 FIGURES = {"params": 10, "macs": 20, "top1": 90.5, "latency_ms": {"p50": 1.5, "p90": 2.0, "p99": None, "samples": 500}}
 PLAIN = {
@@ -96,7 +87,7 @@ def test_a_disk_without_room_is_one_sentence_and_leaves_nothing(tmp_path):
     child = f"""
 import resource
 from pathlib import Path
-from vitprune_deploy.artifact import write_atomic
+from vitprune_deploy.files import write_atomic
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # the kernel refuses to write more
 try:
     write_atomic(Path({str(tmp_path)!r}) / "a", b"x" * 5000)

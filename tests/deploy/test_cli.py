@@ -23,7 +23,7 @@ from vitprune_deploy.verbs.building import budget_overrides, parse_budget
 
 ROOT = Path(__file__).parent.parent.parent
 VERBS = ["build", "init", "check", "measure", "search", "export", "refit", "validate", "bench", "inspect", "visualize",
-         "package", "doctor", "schema", "profiles"]  # fmt: skip
+         "package", "doctor", "schema", "profiles", "devices"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,7 @@ from vitprune_deploy.backends.onnxruntime import OnnxRuntime
 from vitprune_deploy.export.int8 import quantize_dynamic
 from vitprune_deploy.export.onnx import export_onnx
 from vitprune_deploy.profile import load_profile
+from vitprune_deploy.remote.device import Here
 from vitprune_deploy.validate import FEW, Figures, Limits, Served, arithmetic, check_consistency, judge, subject
 from vitprune_deploy.validate.consistency import LIMITS, Shape, check_row
 from vitprune_deploy.validate.shaken import moves
@@ -62,7 +63,7 @@ def few(seed=0):
 
 def looked_at(path, served=SERVED, computes="fp32", pictures=None, **planted):
     """The result for the engine in ``path``; ``planted`` replaces what can be done with it."""
-    engine = replace(subject("onnxruntime", path, path, threads=1), **planted)
+    engine = replace(subject(Here(), "onnxruntime", path, path, threads=1), **planted)
     return check_consistency(engine, few() if pictures is None else pictures, served, computes)
 
 
@@ -255,7 +256,7 @@ def test_a_fusion_that_computes_something_else_is_found(tmp_path, monkeypatch):
         return options
 
     monkeypatch.setattr(backend, "_session_options", approximate)
-    engine = subject("onnxruntime", path, path, threads=1)
+    engine = subject(Here(), "onnxruntime", path, path, threads=1)
     found = looked_at(path, pictures=pictures, apart=here(engine))  # another process would not be patched
     assert failed(found) == {"unfused"}
     assert only(found, "unfused").cases[0].max_abs < 1e-3  # the approximation is good to 5e-4
@@ -323,7 +324,7 @@ def test_another_process_that_answers_otherwise_is_found(tmp_path):
 
 def test_a_process_that_dies_is_a_failed_check_with_its_last_words(tmp_path):
     path = graph(tmp_path / "m.onnx", HEALTHY)
-    gone = subject("onnxruntime", tmp_path / "none.onnx", path)
+    gone = subject(Here(), "onnxruntime", tmp_path / "none.onnx", path)
     found = looked_at(path, apart=gone.apart)
     assert failed(found) == {"second process"}
     assert "there is no such model file" in found.reasons()[0]
@@ -400,7 +401,7 @@ OF_28 = Served(1, 4, 8, ((28, 28),))
 
 def nudged(folder):
     """An engine whose unfused form keeps other tokens where two scores are nearly equal."""
-    engine = subject("onnxruntime", folder / "model.onnx", folder / "model.onnx", threads=1)
+    engine = subject(Here(), "onnxruntime", folder / "model.onnx", folder / "model.onnx", threads=1)
     return replace(engine, unfused=lambda: OnnxRuntime.load(folder / "nudged.onnx", threads=1), apart=here(engine))
 
 
@@ -437,7 +438,7 @@ def test_a_model_that_ranks_nothing_is_not_moved(tmp_path):
 
 def test_telling_a_tie_from_a_fault_takes_the_graph(tmp_path):
     nodes, constants, _ = FAULTS["batch size"]
-    engine = subject("onnxruntime", graph(tmp_path / "m.onnx", nodes, constants), None, threads=1)
+    engine = subject(Here(), "onnxruntime", graph(tmp_path / "m.onnx", nodes, constants), None, threads=1)
     with pytest.raises(MissingError, match="telling a tie between scores from a fault takes the ONNX file"):
         check_consistency(engine, few(), SERVED)
 

@@ -366,6 +366,13 @@ def test_an_engine_for_onnx_runtimes_openvino_provider_runs_in_openvino(programs
     assert "OpenVINO does not run" in refusal(programs, strange, pngs[:1])
 
 
+def test_what_a_plugin_of_onnx_runtime_compiled_is_passed_over_for_the_graph(programs, folder, pngs, tmp_path):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    edited(copy, engines=[ONNX | {"file": "engine/model.compiled.onnx", "compiled": True}, ONNX])
+    found, _ = answer(programs, copy, pngs[:4])
+    np.testing.assert_allclose(found, by_python(folder, pngs[:4]), rtol=0, atol=1e-5)
+
+
 def test_a_library_without_openvino_says_how_to_get_it(programs, folder, pngs):
     if importlib.util.find_spec("openvino"):
         pytest.skip("openvino is installed, so the library has it")

@@ -15,12 +15,12 @@ from onnx import TensorProto, helper
 from tiny import tiny_vit
 
 from vitprune.errors import InputError, MissingError
-from vitprune_deploy.artifact import sha256_file
 from vitprune_deploy.backends import _onnx_file, _trt_engine, _trt_refit
 from vitprune_deploy.backends._trt_census import check_engine, check_network, check_size, of_inspection, tells
 from vitprune_deploy.backends._trt_common import Refused
 from vitprune_deploy.backends.tensorrt import read_sidecar, refit_engine, sidecar_path
 from vitprune_deploy.export.onnx import export_onnx
+from vitprune_deploy.files import sha256_file
 
 
 def layer(kind, gives, **more):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,13 +109,40 @@ def test_an_architecture_that_cannot_be_told_is_asked_for():
 def test_a_gpu_is_matched_with_its_device_file_or_described(gpu, capability, extends, runtime, monkeypatch):
     facts = {"name": gpu, "compute_capability": capability, "memory_mb": "15360", "driver": "580"}
     here = {"cpu": "x", "architecture": "x86_64", "cores": 4, "gpus": [facts]}
-    monkeypatch.setattr(init, "device_fingerprint", lambda runtime: here)
-    found = init._device(2.0)
+    device = SimpleNamespace(fingerprint=lambda runtime: here, has=lambda module: False)
+    monkeypatch.setattr(init, "on_host", lambda host: device)
+    found = init._device(2.0, None)
     assert found.get("extends") == extends
     assert found.get("runtime", {}).get("name") == runtime
     rest = {"model": {"name": "deit_tiny_patch16_224"}, "data": {"source": "images"}, "accuracy": {"max_drop": 1.0}}
     Path("gpu.yaml").write_text(commented_yaml(rest | found))
     assert load_profile("gpu.yaml").device.compute_capability == capability
+
+
+@pytest.mark.parametrize(
+    ("cpu", "architecture", "flags", "extends"),
+    [
+        ("NVIDIA Jetson Orin NX Engineering Reference Developer Kit", "aarch64", ["asimd"], "devices/orin-nx"),
+        ("NVIDIA Orin Nano Developer Kit", "aarch64", [], "devices/orin-nano"),
+        ("NVIDIA Jetson AGX Orin Developer Kit", "aarch64", [], "devices/agx-orin"),
+        ("Raspberry Pi 5 Model B", "aarch64", ["asimd"], None),
+        ("Intel(R) Xeon(R)", "x86_64", ["amx_bf16"], "devices/x86-bf16"),
+        ("AMD Ryzen 7", "x86_64", ["avx2"], "devices/x86-cpu"),
+    ],
+)
+def test_a_board_is_asked_what_it_is(cpu, architecture, flags, extends, monkeypatch):
+    here = {"cpu": cpu, "architecture": architecture, "cores": 8, "gpus": [], "flags": flags}
+    device = SimpleNamespace(fingerprint=lambda runtime: here, has=lambda module: True)
+    asked = []
+    monkeypatch.setattr(init, "on_host", lambda host: asked.append(host) or device)
+    found = init._device(2.0, "ssh://me@board")
+    assert asked == ["ssh://me@board"]
+    assert found.get("extends") == extends
+    rest = {"model": {"name": "deit_tiny_patch16_224"}, "data": {"source": "images"}, "accuracy": {"max_drop": 1.0}}
+    Path("board.yaml").write_text(commented_yaml(rest | found))
+    loaded = load_profile("board.yaml")
+    assert loaded.device.host == "ssh://me@board"
+    assert loaded.device.name == (cpu if extends is None else load_profile("board.yaml").device.name)
 
 
 def tiny_profile(**changes):

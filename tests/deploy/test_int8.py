@@ -12,6 +12,7 @@ from tiny import images, tiny_vit
 
 from vitprune.surgery import reduce_tokens
 from vitprune_deploy.backends.onnxruntime import OnnxRuntime
+from vitprune_deploy.backends.tensorrt import EngineOptions, Shapes, build_engine
 from vitprune_deploy.build.int8 import _decide
 from vitprune_deploy.export.int8 import quantize, recipe_for
 from vitprune_deploy.export.onnx import export_onnx
@@ -60,6 +61,22 @@ def test_symmetric_pairs_are_signed_and_leave_biases_alone(exported, tmp_path):
     points = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer if "zero_point" in one.name}
     assert points
     assert all(point.dtype == np.int8 and not point.any() for point in points.values())
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+def test_pairs_go_into_a_graph_in_fp16_which_tensorrt_rtx_builds(exported, tmp_path, opset):
+    _, batch = exported
+    model = reduce_tokens(tiny_vit(depth=2), "evit", {1: 30})
+    export_onnx(model, tmp_path / "half.onnx", precision="fp16", opset=opset)
+    quantize(tmp_path / "half.onnx", tmp_path / "int8.onnx", "symmetric", batch)
+    assert nodes(tmp_path / "int8.onnx")["QuantizeLinear"] > 8
+    found, wanted = answers(tmp_path / "int8.onnx", batch), answers(tmp_path / "half.onnx", batch)
+    assert 0 < np.abs(found - wanted).max() < 0.1 * np.abs(wanted).max()
+    pytest.importorskip("tensorrt_rtx")
+    shapes = Shapes((1, 3, 28, 28), (2, 3, 28, 28), (4, 3, 28, 28))
+    options = EngineOptions(({"images": shapes},), module="tensorrt_rtx", compute_capabilities=("8.9",))
+    built = build_engine(tmp_path / "int8.onnx", tmp_path / "int8.plan", options)
+    assert built["census"]["network"]["tensors"]["float16"] > built["census"]["network"]["tensors"]["float32"]
 
 
 def test_an_old_processor_gets_weights_that_cannot_overflow_its_products(exported, tmp_path):

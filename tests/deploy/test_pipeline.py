@@ -22,7 +22,6 @@ from vitprune.search.counts import TokenMethod
 from vitprune.search.probes import kl_to_dense
 from vitprune.surgery import reduce_tokens
 from vitprune.tokens.base import Reducer
-from vitprune_deploy.artifact import sha256_file
 from vitprune_deploy.backends import tensorrt
 from vitprune_deploy.backends._cuda import open_cuda
 from vitprune_deploy.backends.onnxruntime import OnnxRuntime
@@ -30,6 +29,7 @@ from vitprune_deploy.build import account, int8, judge, make, runtimes, screen, 
 from vitprune_deploy.build.bench import Bench
 from vitprune_deploy.data import Preprocess
 from vitprune_deploy.export.onnx import export_onnx
+from vitprune_deploy.files import sha256_file
 from vitprune_deploy.profile import load_profile
 from vitprune_deploy.runtime import Model
 
@@ -178,7 +178,7 @@ def engines_of_nobody(monkeypatch):
                 "compute_capabilities": ["8.9"], "profiles": options.profiles}  # fmt: skip
 
     monkeypatch.setattr(tensorrt, "build_engine", build)
-    monkeypatch.setattr(make, "_installed", lambda runtime: True)
+    monkeypatch.setattr(make, "_installed", lambda bench, runtime: True)
     return asked
 
 

@@ -12,7 +12,7 @@ import yaml
 from vitprune.errors import InputError
 from vitprune_deploy import processor
 from vitprune_deploy.backends import onnxruntime
-from vitprune_deploy.profile import commented_yaml, json_schema, list_profiles, load_profile, patch_size
+from vitprune_deploy.profile import commented_yaml, json_schema, list_profiles, load_fleet, load_profile, patch_size
 from vitprune_deploy.profile.checks import PROVIDERS
 
 SMALL = """\
@@ -426,7 +426,8 @@ def test_devices_x86_is_the_one_that_the_machine_is_quickest_as(write, tmp_path,
 
 def test_the_profiles_in_the_readme_load(write):
     readme = (Path(__file__).parents[2] / "profiles" / "README.md").read_text()
-    profile, device = (block.split("```")[0] for block in readme.split("```yaml\n")[1:])
+    profile, fleet, device = (block.split("```")[0] for block in readme.split("```yaml\n")[1:])
     assert load_profile(write(profile)).runtime.name == "tensorrt"
+    assert list(load_fleet(write(f"{SMALL}{fleet}"))) == ["nx", "nano"]
     write(device, "board.yaml")
     assert load_profile(write(f"extends: [devices/orin-nx, board]\n{SMALL}")).device.name == "my board"

@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from vitprune_deploy.latency.gate import Machine, RunQueue
+from vitprune_deploy.latency.gate import RunQueue
+from vitprune_deploy.latency.machine import Machine
 from vitprune_deploy.latency.protocol import MIN_ROUNDS, measure, percentiles
 from vitprune_deploy.latency.visits import Subject, quickest
 

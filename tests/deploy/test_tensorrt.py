@@ -22,7 +22,6 @@ from tiny import images, randomise, tiny_config, tiny_vit
 
 from vitprune.errors import DamagedFile, InputError, MissingError, NotSupported
 from vitprune.surgery import build
-from vitprune_deploy.artifact import sha256_file
 from vitprune_deploy.backends import _trt_child, tensorrt
 from vitprune_deploy.backends._cuda import Cuda, Device
 from vitprune_deploy.backends.tensorrt import (
@@ -38,6 +37,7 @@ from vitprune_deploy.backends.tensorrt import (
 )
 from vitprune_deploy.export.islands import find_islands
 from vitprune_deploy.export.onnx import export_onnx
+from vitprune_deploy.files import sha256_file
 
 DENSE = {"images": Shapes((1, 3, 28, 28), (4, 3, 28, 28), (8, 3, 28, 28))}
 ANY_SIZE = {"images": Shapes((1, 3, 16, 16), (4, 3, 28, 28), (8, 3, 56, 56))}

@@ -17,11 +17,12 @@ from PIL import Image
 
 from vitprune.errors import DamagedFile, InputError, MissingError
 from vitprune_deploy import cli, runtime
-from vitprune_deploy.artifact import sha256_file, verify
+from vitprune_deploy.artifact import verify
 from vitprune_deploy.backends.onnxruntime import OnnxRuntime
 from vitprune_deploy.backends.tensorrt import EngineOptions, Shapes, build_engine, sidecar_path
 from vitprune_deploy.data import Preprocess
 from vitprune_deploy.export.onnx import export_onnx
+from vitprune_deploy.files import sha256_file
 from vitprune_deploy.triton import write_repository
 from vitprune_deploy.triton.pbtxt import Word, entries, to_text
 

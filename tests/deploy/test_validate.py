@@ -17,6 +17,7 @@ from vitprune_deploy.backends.onnxruntime import OnnxRuntime
 from vitprune_deploy.data import Preprocess, open_images
 from vitprune_deploy.export.onnx import export_onnx
 from vitprune_deploy.latency.protocol import Distribution, Percentile
+from vitprune_deploy.remote.device import Here
 from vitprune_deploy.runtime import Model
 from vitprune_deploy.validate import (
     Figures,
@@ -29,7 +30,6 @@ from vitprune_deploy.validate import (
     compare_with_torch,
     judge,
     latency_dict,
-    memory_mb,
     run_models,
     size_bytes,
 )
@@ -279,7 +279,7 @@ def test_the_size_counts_weights_beside_the_file(tmp_path):
 
 def test_memory_is_that_of_a_fresh_process_and_grows_with_the_batch(files):
     small, large = (
-        memory_mb("onnxruntime", files[0], np.ones((n, 3, 28, 28), np.float32), threads=1) for n in (1, 512)
+        Here().memory_mb("onnxruntime", files[0], np.ones((n, 3, 28, 28), np.float32), threads=1) for n in (1, 512)
     )
     assert small is not None
     assert 0 < small < large

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from small import PROFILE
 
 from vitprune.errors import DamagedFile, InputError
 from vitprune.plan import Plan
@@ -22,11 +23,13 @@ from vitprune.search.frontier import from_rows
 from vitprune.surgery import reduce_tokens
 from vitprune_deploy.artifact import verify
 from vitprune_deploy.build import build, run, screen
+from vitprune_deploy.build.fleet import build_fleet
 from vitprune_deploy.build.make import slim_model
 from vitprune_deploy.build.sizes import sizes
 from vitprune_deploy.build.training import train_on
+from vitprune_deploy.cli import main
 from vitprune_deploy.console import Console
-from vitprune_deploy.profile import load_profile
+from vitprune_deploy.profile import load_fleet, load_profile
 from vitprune_deploy.runtime import load
 from vitprune_deploy.verbs.validate import validate as validate_folder
 
@@ -39,8 +42,6 @@ DELIVERED = {"profile.yaml", "plan.yaml", "model.json", "model.safetensors", "la
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, images):
     """One build with everything in it, for the tests that only look."""
-    from conftest import PROFILE
-
     folder = tmp_path_factory.mktemp("built")
     (folder / "small.yaml").write_text(PROFILE.format(images=images))
     manifest = build(load_profile(folder / "small.yaml"), folder / "out", Console(quiet=True))
@@ -188,6 +189,7 @@ def test_openvino_is_searched_measured_and_judged_in_its_own_precision(profile_p
 
     precision = "fp32" if try_openvino("bf16") else "bf16"
     there = [f"runtime={{name: openvino, precision: {precision}}}", "budget.speedup=1.3", "recover.enabled=false"]
+    there += ["prune.tokens={method: evit, levels: 3}", "prune.heads.enabled=false"]  # fewer parts to measure
     manifest = build(load_profile(profile_path, there), tmp_path / "out", Console(quiet=True))
     assert manifest.device["runtime"] == "openvino"
     assert [(one.runtime, one.precision, one.status) for one in manifest.engines] == [("openvino", precision, "run")]
@@ -209,6 +211,46 @@ def test_int8_is_tried_and_the_reason_is_told_either_way(built, profile_path, tm
     assert verify(out) == manifest
     with load(out) as model:
         assert np.isfinite(model.predict(np.zeros((3, 32, 32, 3), np.uint8)).logits).all()
+
+
+def test_several_devices_are_built_in_one_go_and_share_what_no_device_decides(built, profile_path, tmp_path, capsys):
+    table = built[0] / "latency_table.json"
+    with profile_path.open("a") as file:
+        file.write("devices: {plain: {}, strict: {budget: {speedup: 2}}}\n")
+    fixed = [f"measure.table={table}", "search.landings=0", "recover.enabled=false"]
+    arguments = ["build", str(profile_path), "--out", str(tmp_path / "out"), *(f"--set={one}" for one in fixed)]
+    assert main([*arguments, "--json"]) in (0, 1)
+    said = json.loads(capsys.readouterr().out)
+    assert list(said["devices"]) == ["plain", "strict"]
+    works = [stage_folders(tmp_path / "out" / name) for name in said["devices"]]
+    shared = {name for name in works[0] if name in works[1]}
+    assert {name.rpartition("-")[0] for name in shared} == {"model", "images", "methods", "measure", "losses"}
+    speedups = [load(tmp_path / "out" / name) for name in said["devices"]]
+    assert len(speedups) == 2
+    assert "strict/report.html" in (tmp_path / "out" / "report.html").read_text()
+    for name in said["devices"]:
+        verify(tmp_path / "out" / name)
+
+
+def test_one_plan_for_several_devices_is_the_plan_of_the_slowest(built, profile_path, tmp_path):
+    plain = json.loads((built[0] / "latency_table.json").read_text())
+    plain["attn"] = [[n, h, 3 * ms, seen] for n, h, ms, seen in plain["attn"]]
+    (tmp_path / "slow.json").write_text(json.dumps(plain))
+    with profile_path.open("a") as file:
+        tables = {"one": built[0] / "latency_table.json", "other": tmp_path / "slow.json"}
+        entries = ", ".join(f"{name}: {{measure: {{table: {path}}}}}" for name, path in tables.items())
+        file.write(f"devices: {{{entries}}}\n")
+    profiles = load_fleet(profile_path, ["search.one_plan=true", "search.landings=0", "recover.enabled=false"])
+    boards = build_fleet(profiles, tmp_path / "out", Console(quiet=True))
+    assert [board.why for board in boards] == ["", ""]
+    plans = [(tmp_path / "out" / board.name / "plan.yaml").read_text() for board in boards]
+    weights = [(tmp_path / "out" / board.name / "model.safetensors").read_bytes() for board in boards]
+    assert plans[0] == plans[1]
+    assert weights[0] == weights[1]
+    for board in boards:
+        dense_ms, found = board.manifest.dense.latency_ms.p50, board.manifest.pruned.predicted_latency_ms
+        assert dense_ms > 0
+        assert found > 0
 
 
 def test_another_devices_table_is_refused(built, profile_path, tmp_path):

@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from sshd import Server, serving
 
 pytestmark = pytest.mark.e2e
 
@@ -24,28 +26,48 @@ ELSEWHERE = ("make ", "pip install ")
 SMALL = [
     "model.pretrained=false",
     "model.args={img_size: 32, patch_size: 4, embed_dim: 48, depth: 3, num_heads: 4, num_classes: 3}",
-    "input.image_size=32", "data.calibration.images=48", "accuracy={min_agreement: 2}", "prune.tokens.levels=5",
+    "input.image_size=32", "data.calibration.images=48", "accuracy={min_agreement: 2}",
+    "prune.tokens={method: [evit, tome], levels: 4}",
     "search={probe_images: 16, holdout_images: 16, evaluations: 8, landings: 1}",
     "measure={max_seconds: 12, relative_half_width: 0.1}", "recover={max_steps: 4, batch: 8}",
     "validation={runs: 40, max_seconds: 10, parity_images: 8}",
 ]  # fmt: skip
 
 
+FEW_PARTS = ["prune.tokens={method: evit, levels: 3}", "prune.heads.enabled=false", "prune.mlp.multiple=96"]
+# The reader's board, which is this machine here: behind an sshd, with the tests' Python.
+BOARD = "ssh://me@192.168.1.20"
+OF_THE_BOARD = ("devices", "--host", "board.yaml")
+
+
+class Desk(NamedTuple):
+    """A folder with images in it, as the reader has one, and a board."""
+
+    folder: Path
+    board: Server
+    settings: dict[str, str]
+
+
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory, images):
-    """A folder with images in it, as the reader has one."""
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(images, folder / "images")
-    return folder
+    with serving(tmp_path_factory.mktemp("sshd")) as server:
+        yield Desk(folder, server, server.settings(tmp_path_factory.mktemp("settings")))
 
 
-def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    program, *arguments = command.split()
+def run(command: str, desk: Desk) -> subprocess.CompletedProcess[str]:
+    program, *arguments = command.replace(BOARD, desk.board.address).split()
     assert program == "vitprune-deploy", f"no test runs {command!r}"
+    if arguments[:2] == ["devices", "add"]:
+        arguments += ["--python", sys.executable, "--folder", str(desk.folder / "board")]
     if arguments[0] in ("check", "build", "search"):
-        arguments += [word for value in SMALL for word in ("--set", value)]
+        less = FEW_PARTS if "board.yaml" in arguments else []
+        arguments += [word for value in [*SMALL, *less] for word in ("--set", value)]
     start = [sys.executable, "-c", "from vitprune_deploy.cli import main; raise SystemExit(main())"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "deploy")])}
+    environment |= desk.settings if any(word in arguments for word in OF_THE_BOARD) else {}
+    folder = desk.folder
     return subprocess.run(start + arguments, cwd=folder, capture_output=True, text=True, env=environment)
 
 

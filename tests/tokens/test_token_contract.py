@@ -20,6 +20,7 @@ from vitprune import parts
 from vitprune.model.state import AttentionView, TokenState
 from vitprune.surgery import reduce_tokens
 from vitprune.tokens.base import Place, Reducer, track_sources
+from vitprune_deploy.remote.device import Here
 from vitprune_deploy.validate import Served, check_consistency, subject
 
 METHODS = parts.names("vitprune.tokens")
@@ -199,7 +200,7 @@ def test_onnxruntime_agrees_at_every_batch_and_size(exported):
 
 def test_an_engine_of_the_graph_answers_alike_whatever_is_beside_an_image(exported):
     _, path, _ = exported
-    few, engine = images(3).numpy(), subject("onnxruntime", path, path, threads=1)
+    few, engine = images(3).numpy(), subject(Here(), "onnxruntime", path, path, threads=1)
     with engine.open() as opened:  # another process is left to tests/deploy: starting one takes half a second
         answers = opened.run(few)[None]
     engine = replace(engine, apart=lambda batches: nullcontext(lambda: answers))

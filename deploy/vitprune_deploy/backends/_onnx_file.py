@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..artifact import sha256_file
+from ..files import sha256_file
 
 PREFIX = "vitprune."
 GRAPH, METADATA_PROPS = 7, 14  # numbers of fields in ModelProto
@@ -30,7 +30,7 @@ def metadata(path: Path) -> dict[str, str]:
         for entry in _fields(file, METADATA_PROPS):
             parts = [next(_fields(io.BytesIO(entry), part), b"").decode(errors="replace") for part in (KEY, VALUE)]
             if parts[0].startswith(PREFIX):
-                found[parts[0].removeprefix(PREFIX)] = parts[1]
+                found[parts[0][len(PREFIX) :]] = parts[1]
     return found
 
 

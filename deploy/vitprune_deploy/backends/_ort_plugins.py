@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cache
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -70,7 +70,7 @@ def devices(provider: str) -> tuple[Any, ...]:
     return found
 
 
-@cache
+@lru_cache(maxsize=len(PLUGINS))
 def _register(provider: str) -> None:
     """Load the library of ``provider`` into ONNX Runtime, once in this process."""
     import onnxruntime

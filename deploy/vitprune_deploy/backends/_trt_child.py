@@ -12,9 +12,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import vitprune
 import vitprune_deploy
@@ -23,7 +23,12 @@ from vitprune.errors import DamagedFile, InputError, MissingError, NotSupported,
 MODULES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 
-Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
+
+class Progress(Protocol):
+    """Whoever shows how far a build is."""
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """Of the steps of ``phase`` so many are done."""
 
 
 def ask(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vitprune.errors import MissingError
 
@@ -15,7 +15,12 @@ from ._cuda import open_cuda
 TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
 DRIVER = Path("/proc/driver/nvidia/version")
 
-Send = Callable[[Mapping[str, Any]], None]
+
+class Send(Protocol):
+    """Sends a message to whoever started the process."""
+
+    def __call__(self, message: Mapping[str, Any]) -> None:
+        """One line of JSON."""
 
 
 class Refused(Exception):

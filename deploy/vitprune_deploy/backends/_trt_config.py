@@ -111,7 +111,7 @@ def add_profile(builder: Any, config: Any, network: Any, shapes: Mapping[str, An
     for name, (least, best, most) in shapes.items():
         fixed = tensor_facts(inputs[name])["shape"]
         fits = len(least) == len(fixed) and all(
-            isinstance(size, str) or size == low == high for size, low, high in zip(fixed, least, most, strict=True)
+            isinstance(size, str) or size == low == high for size, low, high in zip(fixed, least, most)
         )
         if not fits:
             raise Refused("input", f"needs a profile for {name} within {fixed}, got {least} to {most}")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from vitprune import __version__
 from vitprune.errors import InputError, MissingError, VitpruneError
 
-from ..artifact import atomic_path, sha256_file, write_atomic
+from ..files import atomic_path, sha256_file, write_atomic
 from . import _onnx_file
 from ._cuda import open_cuda
 from ._trt_child import MODULES, Progress, ask
@@ -109,7 +109,7 @@ def build_engine(
         "timing_cache": str(options.timing_cache) if options.timing_cache else None,
     }
     with atomic_path(out_path) as plan:
-        request |= {"onnx": str(onnx_path), "plan": str(plan)}
+        request.update(onnx=str(onnx_path), plan=str(plan))
         found = ask(
             "build",
             options.module,
@@ -154,7 +154,7 @@ def refit_engine(plan: Path, onnx_path: Path, out_path: Path, *, timeout_s: floa
             "host_code": "VERSION_COMPATIBLE" in sidecar["flags"],
         }
         ask("refit", sidecar["runtime"], request, subject=str(plan), timeout_s=timeout_s)
-        sidecar |= {"refitted_from": sidecar["sha256"], **_files(refitted, onnx_path)}
+        sidecar = {**sidecar, "refitted_from": sidecar["sha256"], **_files(refitted, onnx_path)}
     write_atomic(sidecar_path(out_path), json.dumps(sidecar, indent=1) + "\n")
     return sidecar
 
@@ -187,10 +187,8 @@ def capabilities() -> dict[str, dict[str, Any]]:
             "why": no_gpu,
         }
         try:
-            facts |= ask("describe", module, {}, timeout_s=DESCRIBE_TIMEOUT_S) | {
-                "builds": True,
-                "runs": gpu is not None,
-            }
+            described = ask("describe", module, {}, timeout_s=DESCRIBE_TIMEOUT_S)
+            facts.update(described, builds=True, runs=gpu is not None)
         except VitpruneError as error:
             facts["why"] = str(error)
         found[module] = facts
@@ -237,6 +235,6 @@ def _check_shapes(place: str, shapes: Shapes) -> None:
     least, best, most = shapes
     if not len(least) == len(best) == len(most):
         raise InputError(f"{place}: min, opt and max need the same number of axes, got {least}, {best}, {most}")
-    for axis, (low, middle, high) in enumerate(zip(least, best, most, strict=True)):
+    for axis, (low, middle, high) in enumerate(zip(least, best, most)):
         if not 1 <= low <= middle <= high:
             raise InputError(f"{place}, axis {axis}: 1 <= min <= opt <= max must hold, got {low}, {middle}, {high}")

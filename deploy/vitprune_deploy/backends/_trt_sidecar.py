@@ -9,7 +9,7 @@ from typing import Any
 
 from vitprune.errors import DamagedFile, InputError
 
-from ..artifact import sha256_file
+from ..files import sha256_file
 
 SCHEMA = 2
 PRODUCTS = {"tensorrt": "trt", "tensorrt_rtx": "rtx"}

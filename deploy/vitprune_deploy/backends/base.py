@@ -52,10 +52,12 @@ class Backend(ABC):
         runtime: name and version of the runtime, as in ``onnxruntime 1.31.1``.
         provider: what runs the graph inside the runtime: ``cpu``, ``cuda``, ``tensorrt``.
         inputs, outputs: what the file asks for and gives.
+        machine: the ``latency.machine.Machine`` that it runs on, where that is another one; None: in this process.
     """
 
     runtime: str
     provider: str
+    machine: Any = None
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
@@ -114,7 +116,7 @@ class Backend(ABC):
         for name, array in feed.items():
             spec = wanted[name]
             fits = len(array.shape) == len(spec.shape) and all(
-                isinstance(want, str) or want == got for want, got in zip(spec.shape, array.shape, strict=True)
+                isinstance(want, str) or want == got for want, got in zip(spec.shape, array.shape)
             )
             if not fits or array.dtype.name != spec.dtype:
                 wants = f"{spec.dtype} [{', '.join(map(str, spec.shape))}]"

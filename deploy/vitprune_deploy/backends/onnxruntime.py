@@ -24,7 +24,7 @@ import numpy as np
 
 from vitprune.errors import DamagedFile, InputError, MissingError, NotSupported
 
-from ..artifact import atomic_path
+from ..files import atomic_path
 from . import _ort_plugins
 from ._threads import task_ids
 from .base import Backend, TensorSpec, known_options
@@ -83,7 +83,7 @@ class OnnxRuntime(Backend):
             raise InputError(f"{path}: there is no such model file")
         short = options.get("provider", "cpu")
         provider = find_provider(short)
-        sizes = dict(options.get("sizes", {})) | ({} if batch is None else {"batch": batch})
+        sizes = {**options.get("sizes", {}), **({} if batch is None else {"batch": batch})}
         strict = _takes_all(provider) and not options.get("cpu_nodes")
         session_options = _session_options(threads, sizes, provider, strict=strict)
         if not options.get("optimise", True):
@@ -139,7 +139,7 @@ class OnnxRuntime(Backend):
             return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._buffers)
 
         ins = {name: as_value(array) for name, array in feed.items()}
-        outs = {spec.name: as_value(np.empty_like(out)) for spec, out in zip(self.outputs, results, strict=True)}
+        outs = {spec.name: as_value(np.empty_like(out)) for spec, out in zip(self.outputs, results)}
         binding = self._session.io_binding()
         for name, value in ins.items():
             binding.bind_ortvalue_input(name, value)
@@ -332,7 +332,7 @@ def _explain(path: Path, provider: str, error: Exception) -> Exception:
 
 def _spec(node: Any) -> TensorSpec:
     """Name, shape and type of an input or output."""
-    name = node.type.removeprefix("tensor(").removesuffix(")")
+    name = node.type[len("tensor(") : -1] if node.type.startswith("tensor(") else node.type
     shape = tuple(size if isinstance(size, int) else str(size) for size in node.shape)
     return TensorSpec(node.name, shape, TYPES.get(name, name))
 

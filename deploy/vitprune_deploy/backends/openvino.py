@@ -54,7 +54,7 @@ class OpenVino(Backend):
         device, precision = options.get("device", "CPU"), options.get("precision", "fp32")
         core = _import().Core()
         _check_units(core, device, precision)
-        sizes = dict(options.get("sizes", {})) | ({} if batch is None else {"batch": batch})
+        sizes = {**options.get("sizes", {}), **({} if batch is None else {"batch": batch})}
         settings = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = str(threads)
@@ -135,9 +135,7 @@ def _spec(port: Any, shape: tuple[int | str, ...]) -> TensorSpec:
 def _sizes(port: Any) -> tuple[int | str, ...]:
     """The sizes of an input or output; a free one is called by its place, and ``batch`` where that is the first."""
     names = ("batch", *(f"size{i}" for i in range(1, 16)))
-    return tuple(
-        name if dim.is_dynamic else dim.get_length() for name, dim in zip(names, port.get_partial_shape(), strict=False)
-    )
+    return tuple(name if dim.is_dynamic else dim.get_length() for name, dim in zip(names, port.get_partial_shape()))
 
 
 def _partial(shape: tuple[int | str, ...]) -> Any:

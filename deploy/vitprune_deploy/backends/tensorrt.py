@@ -75,8 +75,8 @@ class TensorRT(Backend):
         self.provider = "cuda"
         specs = [self._spec(engine.get_tensor_name(i)) for i in range(engine.num_io_tensors)]
         is_input = [engine.get_tensor_mode(spec.name) == trt.TensorIOMode.INPUT for spec in specs]
-        self.inputs = tuple(spec for spec, enters in zip(specs, is_input, strict=True) if enters)
-        self.outputs = tuple(spec for spec, enters in zip(specs, is_input, strict=True) if not enters)
+        self.inputs = tuple(spec for spec, enters in zip(specs, is_input) if enters)
+        self.outputs = tuple(spec for spec, enters in zip(specs, is_input) if not enters)
 
     @classmethod
     def load(
@@ -162,7 +162,7 @@ class TensorRT(Backend):
     def _spec(self, name: str) -> TensorSpec:
         """An input or output; free sizes are named by their axis."""
         names = ("batch", *(f"axis_{i}" for i in range(1, 9)))  # an engine has no names for its axes
-        shape = tuple(s if s >= 0 else n for s, n in zip(self._engine.get_tensor_shape(name), names, strict=False))
+        shape = tuple(s if s >= 0 else n for s, n in zip(self._engine.get_tensor_shape(name), names))
         dtype = self._engine.get_tensor_dtype(name)
         narrow = getattr(dtype, "name", "") == "BF16"  # numpy has no such type, so nptype raises
         return TensorSpec(name, shape, "bfloat16" if narrow else np.dtype(self._trt.nptype(dtype)).name)
@@ -238,9 +238,9 @@ class TensorRT(Backend):
 def _distance(shape: tuple[int, ...], allowed: Shapes) -> float | None:
     """How many times larger or smaller ``shape`` is than what a profile is tuned for, as logarithms; None: too far."""
     least, best, most = allowed
-    if len(shape) != len(least) or any(not a <= b <= c for a, b, c in zip(least, shape, most, strict=True)):
+    if len(shape) != len(least) or any(not a <= b <= c for a, b, c in zip(least, shape, most)):
         return None
-    return sum(abs(math.log(size / tuned)) for size, tuned in zip(shape, best, strict=True))
+    return sum(abs(math.log(size / tuned)) for size, tuned in zip(shape, best))
 
 
 def _import(module: str) -> Any:

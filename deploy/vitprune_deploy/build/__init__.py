@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
-from ..artifact import MANIFEST, Manifest, copy_atomic, hash_files, sweep, write_atomic, writing
+from ..artifact import MANIFEST, Manifest, hash_files
 from ..console import Console, to_file
+from ..files import copy_atomic, sweep, write_atomic, writing
 from ..profile import Profile
 from .bench import Bench
 from .pipeline import run
@@ -16,8 +18,20 @@ __all__ = ["Bench", "build", "run"]
 log = logging.getLogger(__name__)
 
 
-def build(profile: Profile, out: Path, console: Console, *, fresh: bool = False) -> Manifest:
+def build(
+    profile: Profile,
+    out: Path,
+    console: Console,
+    *,
+    fresh: bool = False,
+    others: Sequence[Bench] = (),
+    lead: Bench | None = None,
+) -> Manifest:
     """Run every stage, and leave in ``out`` what a service needs; the manifest comes last, when the rest is there.
+
+    Args:
+        profile, out, console, fresh: of the build.
+        others, lead: of several devices with one plan; see ``pipeline.run``.
 
     Raises:
         VitpruneError: something is wrong with the input or the machine; the same command goes on from there.
@@ -27,7 +41,7 @@ def build(profile: Profile, out: Path, console: Console, *, fresh: bool = False)
         sweep(out)
         handler = to_file(str(out / "build.log"))
         try:
-            bench = run(profile, out, console, fresh=fresh)
+            bench = run(profile, out, console, fresh=fresh, others=others, lead=lead)
             return _deliver(bench, out)
         finally:
             logging.getLogger("vitprune_deploy").removeHandler(handler)

@@ -51,13 +51,22 @@ class Bench:
         shows: where progress goes.
         work: folder for what a stage leaves for its own next try.
         folders: the outputs of the stages that are done, by their names.
+        others: further devices that its plan must suit as well, measured already.
+        lead: the device that the plan was found with; None: it is searched here.
     """
 
     profile: Profile
     shows: Shows
     work: Path
     folders: dict[str, Path] = field(default_factory=dict)
+    others: tuple[Bench, ...] = ()
+    lead: Bench | None = None
     _dense_islands: Sequence[Island] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def devices(self) -> tuple[Bench, ...]:
+        """All that the plan must suit, this one first."""
+        return (self, *self.others)
 
     def json(self, stage: str, name: str) -> Any:
         """What a finished stage wrote to the JSON file ``name``."""
@@ -142,8 +151,8 @@ class Bench:
 
     def int8_file(self) -> Path | None:
         """The pruned model in int8 if it is shipped, which is known once the stage ``int8`` is done."""
-        found = self.json("int8", INT8) if "int8" in self.folders else {"kept": False}
-        return self.folders["int8"] / found["file"] if found["kept"] else None
+        found = self.json("int8", INT8) if "int8" in self.folders else {}
+        return self.folders["int8"] / found["file"] if found.get("kept") else None
 
     def islands(self, model: Vit, precision: str) -> Sequence[Island]:
         """Operations of ``model`` that fp16 cannot hold, by calibration images; none in another precision."""

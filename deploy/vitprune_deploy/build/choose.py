@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from ..artifact import canonical_sha256, sha256_file
-from . import runtimes
+from ..files import canonical_sha256, sha256_file
+from ..remote.watch import watched
+from . import runtimes, several
 from .bench import RANKINGS, Bench, write_json
 from .contest import Contest, Entry, losses_file, target
 from .make import served_opset, served_sizes
@@ -71,9 +72,10 @@ def measure(bench: Bench, folder: Path) -> None:
         write_json(folder / "latency_table.json", table.to_dict())
         write_json(folder / "wholes.json", [])
         return
-    found = measure_table(
-        bench.dense, request, runtimes.loader(bench.profile), folder / "pieces", progress=bench.shows.progress
-    )
+    with watched(runtimes.on(bench.profile), bench.shows.say) as machine:
+        found = measure_table(
+            bench.dense, request, runtimes.loader(bench.profile), folder / "pieces", progress=bench.shows.progress
+        )
     shaky = [whole for whole in found.wholes if whole.measurement.unstable]
     if shaky:
         bench.shows.say(
@@ -83,6 +85,7 @@ def measure(bench: Bench, folder: Path) -> None:
     write_json(folder / "latency_table.json", found.table.to_dict())
     write_json(folder / "wholes.json", [[whole.counts.to_dict(), asdict(whole.measurement)] for whole in found.wholes])
     write_json(folder / "pieces.json", [asdict(piece) for piece in found.pieces])
+    write_json(folder / "machine.json", machine)
     shutil.rmtree(folder / "pieces")
 
 
@@ -146,6 +149,8 @@ def search_settings(bench: Bench) -> dict[str, Any]:
         "token_blocks": profile.prune.tokens.blocks,
         "schedule": bench.schedule(),
         "seed": profile.seed,
+        "others": [sha256_file(one.folders["measure"] / "latency_table.json") for one in bench.others],
+        "plan": sha256_file(bench.lead.folders["search"] / "plan.yaml") if bench.lead else None,
     }
 
 
@@ -153,6 +158,9 @@ def search(bench: Bench, folder: Path) -> None:
     """Find the plan, first on predicted times with each token method, then on measured ones with the best of them."""
     from vitprune.model.vit import fingerprint
 
+    if bench.lead:
+        _follow(bench, bench.lead, folder)
+        return
     methods: list[TokenMethod | None] = [*bench.token_methods()] or [None]
     contest = [Entry(bench, method).search() for method in methods]
     best = min(contest, key=lambda one: one.held_out_loss)
@@ -181,23 +189,24 @@ def frontier(problem: Problem) -> list[dict[str, Any]]:
 
 def _land(bench: Bench, best: Contest, folder: Path) -> Landed:
     """Measure plans near the budget until one lands under it, or trust the table where the profile says so."""
-    from vitprune.search.counts import Counts
     from vitprune.search.landing import Approach, land
-    from vitprune.search.latency import Timed
 
     finalists = [one.point for one in best.refined.finalists] if best.refined else []
     if bench.profile.search.landings == 0:
         return _trusted(bench, best)
-    theirs, wholes = table_request(bench).method, bench.json("measure", "wholes.json")
-    anchors = [Timed(Counts.from_dict(row), found["value_ms"], theirs) for row, found in wholes]
     candidates = folder / "candidates"
+
+    def on_one(device: Bench, plans: list[Counts]) -> list[Measured]:
+        runtime = device.profile.runtime
+        return measure_counts(device, plans, best.method, candidates / f"{runtime.name}-{runtime.precision}")
+
     landed = land(
         best.problem,
         target(bench),
-        lambda counts: measure_counts(bench, counts, best.method, candidates),
+        lambda plans: several.measured_on_all(bench, plans, on_one),
         Approach(rounds=bench.profile.search.landings),
         first=finalists,
-        anchors=anchors,
+        anchors=several.anchors(bench),
         true_loss=best.held_out,
         refine=best.refine_again,
     )
@@ -212,7 +221,7 @@ def measure_counts(bench: Bench, plans: list[Counts], method: TokenMethod | None
     from ..latency.wholes import export_whole, measure_models, slim
 
     profile, paths = bench.profile, {}
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for number, counts in enumerate(plans):
         name = f"plan-{canonical_sha256(counts.to_dict())[:12]}"
         bench.shows.progress(number, 2 * len(plans), "export candidates")
@@ -236,6 +245,39 @@ def measure_counts(bench: Bench, plans: list[Counts], method: TokenMethod | None
         progress=lambda done, total, what: bench.shows.progress(total + done, 2 * total, f"time {what}"),
     )
     return [Measured(one.value_ms, one.low_ms, one.high_ms) for one in found]
+
+
+def _follow(bench: Bench, lead: Bench, folder: Path) -> None:
+    """Take the plan that was found for all devices, and measure it on this one."""
+    from vitprune.search.counts import Counts
+    from vitprune.search.landing import Measured
+
+    for name in ("plan.yaml", "frontier.json"):
+        shutil.copyfile(lead.folders["search"] / name, folder / name)
+    found = lead.json("search", "search.json")
+    counts = Counts.from_dict(found["chosen"]["counts"])
+    method = next((one for one in bench.token_methods() if one.name == found["method"]), None)
+    problem = Entry(bench, method).problem
+    said = [problem.predict_ms(one) for one in (problem.dense(), counts)]
+    if bench.profile.search.landings:
+        dense, chosen = measure_counts(bench, [problem.dense(), counts], method, folder / "candidates")
+        shutil.rmtree(folder / "candidates")
+    else:
+        dense, chosen = (Measured(ms, ms, ms) for ms in said)
+    budget_ms = several.budget_ms(bench, dense.ms)
+    status = "under" if chosen.ms <= budget_ms else "over"
+    row = {"predicted_ms": said[1], "measured_ms": chosen.ms, "low_ms": chosen.low_ms, "high_ms": chosen.high_ms}
+    here = {
+        "status": status,
+        "reason": f"the plan that was found for all devices, with {lead.profile.name} first",
+        "budget_ms": budget_ms,
+        "dense_ms": dense.ms,
+        "dense_predicted_ms": said[0],
+        "chosen": {**found["chosen"], **row},
+        "measured": [{**found["chosen"], **row}] if bench.profile.search.landings else [],
+        "table": problem.table.to_dict(),
+    }
+    write_json(folder / "search.json", {**found, **here})
 
 
 def _trusted(bench: Bench, best: Contest) -> Landed:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vitprune.errors import BudgetUnreachable
 
 from .bench import RANKINGS, Bench
+from .several import dense_ms, searched_table
 from .sizes import sizes
 
 if TYPE_CHECKING:
@@ -50,19 +51,18 @@ class Entry:
 
     def __init__(self, bench: Bench, method: TokenMethod | None) -> None:
         from vitprune.search.correct import Effort
-        from vitprune.search.latency import LatencyTable
         from vitprune.search.losses import LossTable, Rankings
         from vitprune.search.problem import Problem
 
         wanted = bench.profile.search
-        table = LatencyTable.from_dict(bench.json("measure", "latency_table.json"))
+        table = searched_table(bench)
         losses = LossTable.from_dict(bench.json("losses", losses_file(method.judged_as if method else None)))
         losses = _only_blocks(losses, bench.token_blocks(), method)
         self.bench, self.method, self.name = bench, method, method.name if method else "none"
         self.problem = Problem(table, losses, method, sizes(bench), schedule=bench.schedule())
         self.rankings = Rankings.load(bench.folders["losses"] / RANKINGS)
         self.effort = Effort(max(1, wanted.evaluations), wanted.max_seconds, seed=bench.profile.seed)
-        self.budget_ms = target(bench).budget_ms(_dense_ms(bench, table.predict_ms(self.problem.dense(), method)))
+        self.budget_ms = target(bench).budget_ms(dense_ms(bench))
 
     def search(self) -> Contest:
         """The search on predicted times."""
@@ -94,12 +94,6 @@ class Entry:
         name = self.method.judged_as if self.method else None
         weights = self.bench.method_weights(name)
         return Evaluator(self.bench.dense, self.rankings, images, token_method=name, method_weights=weights)
-
-
-def _dense_ms(bench: Bench, predicted_ms: float) -> float:
-    """The dense model's time as it was measured with the table, of which the table's own prediction may be off."""
-    wholes = bench.json("measure", "wholes.json")
-    return float(wholes[0][1]["value_ms"]) if wholes else predicted_ms
 
 
 def _tell(bench: Bench, name: str) -> Any:

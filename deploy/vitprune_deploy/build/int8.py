@@ -13,7 +13,6 @@ from vitprune.errors import VitpruneError
 
 from .. import validate as checks
 from ..latency.protocol import Distribution
-from ..processor import instruction_sets
 from ..runtime import Model
 from . import runtimes
 from .bench import INT8, INT8_MODEL, Bench, write_json
@@ -60,14 +59,16 @@ def _make(bench: Bench, folder: Path) -> Path:
     from ..export.int8 import quantize, recipe_for
 
     profile, runtime, path = bench.profile, bench.profile.runtime, folder / INT8_MODEL
-    recipe = recipe_for(runtime.name, runtime.provider)
+    recipe, device = recipe_for(runtime.name, runtime.provider), runtimes.on(profile)
+    flags = device.fingerprint("none")["flags"]
     bench.shows.progress(0, 3, f"quantize, {recipe}")
     source = bench.folders["export"] / onnx_name(profile, profile.graph_precision)
     images = bench.search_images[:CALIBRATION].numpy()
-    quantize(source, path, recipe, images, frozenset(instruction_sets()))
+    quantize(source, path, recipe, images, frozenset(flags))
     if not runtimes.is_tensorrt(runtime.name):
         return path
-    return build_plan(path, folder, "model", runtimes.engine_options(profile, bench.pruned.config, runtime.name))
+    options = runtimes.engine_options(profile, bench.pruned.config, runtime.name)
+    return build_plan(device, path, folder, "model", options)
 
 
 def _compare(bench: Bench, path: Path) -> dict[str, Any]:

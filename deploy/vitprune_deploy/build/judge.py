@@ -16,14 +16,12 @@ from typing import Any
 import numpy as np
 
 import vitprune
-from vitprune import parts
 
 from .. import validate as checks
 from ..artifact import Manifest
-from ..backends.base import Backend
 from ..data import batches, picked
-from ..latency.fingerprint import machine_state
 from ..latency.protocol import Distribution
+from ..remote.watch import watched
 from ..runtime import Model
 from . import runtimes, soundness
 from .account import collect
@@ -65,16 +63,17 @@ def validate(bench: Bench, folder: Path) -> None:
         outputs = checks.run_models(models, tested, batch=profile.batch, threads=2, progress=show)
         inputs = checks.one_batch(tested, bench.preprocess, profile.batch)
         _write_golden(bench, models["pruned"], folder)
-        dense, pruned = checks.compare_latency(
-            sessions["dense"],
-            sessions["pruned"],
-            inputs,
-            percentile=profile.budget.percentile,
-            runs=wanted.runs,
-            max_seconds=wanted.max_seconds,
-            seed=profile.seed,
-            progress=show,
-        )
+        with watched(runtimes.on(profile), bench.shows.say) as machine:
+            dense, pruned = checks.compare_latency(
+                sessions["dense"],
+                sessions["pruned"],
+                inputs,
+                percentile=profile.budget.percentile,
+                runs=wanted.runs,
+                max_seconds=wanted.max_seconds,
+                seed=profile.seed,
+                progress=show,
+            )
         price = compatibility_price(bench, sessions["pruned"], inputs)
         fused = soundness.fusions(bench, models, engine_files(bench))
     consistency = soundness.consistency(bench, _backend_name(bench), engine_files(bench)["pruned"])
@@ -88,7 +87,7 @@ def validate(bench: Bench, folder: Path) -> None:
         seed=profile.seed,
     )
     budget_ms = checks.budget_ms(profile.budget.latency_ms, profile.budget.speedup, dense, profile.budget.percentile)
-    memory_mb = checks.memory_mb(
+    memory_mb = runtimes.on(profile).memory_mb(
         _backend_name(bench), engine_files(bench)["pruned"], inputs,
         threads=profile.budget.threads, options=runtimes.load_options(profile),
     )  # fmt: skip
@@ -120,7 +119,7 @@ def validate(bench: Bench, folder: Path) -> None:
         "fusion": fused,
         "memory_mb": memory_mb,
         "size_bytes": {name: checks.size_bytes(path) for name, path in engine_files(bench).items()},
-        "machine": machine_state(),
+        "machine": machine,
     }
     write_json(folder / "figures.json", figures)
 
@@ -184,8 +183,8 @@ def product_engines(bench: Bench) -> list[dict[str, Any]]:
 def open_engine(bench: Bench, path: Path, precision: str | None = None) -> Model:
     """An engine as a service would have it; in another precision than the product's where one is named."""
     profile = bench.profile
-    kind = parts.load("vitprune_deploy.backends", _backend_name(bench), Backend)  # type: ignore[type-abstract]
-    backend = kind.load(path, threads=profile.budget.threads, options=runtimes.load_options(profile, precision))
+    options = runtimes.load_options(profile, precision)
+    backend = runtimes.on(profile).load(_backend_name(bench), path, threads=profile.budget.threads, options=options)
     least = profile.input.batch.min if runtimes.is_tensorrt(profile.runtime.name) else 1
     return Model(backend, bench.preprocess, bench.class_names, profile.input.batch.max, least)
 
@@ -195,12 +194,12 @@ def _backend_name(bench: Bench) -> str:
 
 
 def _engine_parity(bench: Bench, logits: np.ndarray) -> dict[str, Any] | None:
-    """How far the engine is from torch; None where it is ONNX Runtime on the CPU, in which the export was compared."""
+    """How far the engine is from torch; None where it is ONNX Runtime on this CPU, in which the export was compared."""
     import torch
 
     runtime = bench.profile.runtime
-    plain = runtime.name == "onnxruntime" and runtime.provider.lower() in ("cpu", "cpuexecutionprovider")
-    if plain and not bench.int8_file():
+    on_cpu = runtime.name == "onnxruntime" and runtime.provider.lower() in ("cpu", "cpuexecutionprovider")
+    if on_cpu and bench.profile.device.host is None and not bench.int8_file():
         return None
     # in the order in which the engine had them, unreadable ones left out
     rounds = math.ceil(min(bench.profile.validation.parity_images, len(logits)) / PARITY_BATCH)

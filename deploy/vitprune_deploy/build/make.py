@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ import yaml
 
 from vitprune.plan import Plan
 
-from ..artifact import sha256_file
+from ..files import sha256_file
 from ..profile import Profile
 from . import runtimes, training
 from .bench import RANKINGS, Bench, load_vit, save_vit, write_json
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from ..backends.tensorrt import EngineOptions
     from ..export.islands import Island
+    from ..remote.device import Device
 
 PLAIN = "plain"  # the product's engine without compatibility, which shows what that costs
 COMPILED = "model.compiled.onnx"
@@ -148,7 +148,7 @@ def engine_settings(bench: Bench) -> dict[str, Any]:
         "runtime": runtime.model_dump(mode="json"),
         "batch_ranges": bench.profile.input.model_dump(mode="json")["batch_ranges"],
         "compute_capability": bench.profile.device.compute_capability,
-        "here": [engine.name for engine in runtime.also_build if _installed(engine.name)],
+        "there": [engine.name for engine in runtime.also_build if _installed(bench, engine.name)],
         "device": runtimes.device(bench.profile) if runtimes.is_tensorrt(runtime.name) or runtime.compiled else None,
     }
 
@@ -167,7 +167,7 @@ def build_engines(bench: Bench, folder: Path) -> None:
     else:
         wanted = []
     for engine in profile.runtime.also_build:
-        if _installed(engine.name):
+        if _installed(bench, engine.name):
             wanted.append(("model", engine.name, engine.precision, onnx_name(profile, engine.precision)))
         else:
             bench.shows.say(f"{engine.name} is not installed, so its engine is left out")
@@ -176,19 +176,19 @@ def build_engines(bench: Bench, folder: Path) -> None:
         options = runtimes.engine_options(profile, config, runtime, precision)
         if name == PLAIN:
             options = replace(options, hardware_compatibility="none", version_compatible=False)
-        plan = build_plan(bench.folders["export"] / onnx, folder, name, options)
+        plan = build_plan(runtimes.on(profile), bench.folders["export"] / onnx, folder, name, options)
         found.append({"model": name, "runtime": runtime, "precision": precision, "file": plan.name, "status": "built"})
     if profile.runtime.compiled:
         found.append(_compile(bench, folder))
     write_json(folder / "engines.json", found)
 
 
-def build_plan(onnx: Path, folder: Path, name: str, options: EngineOptions) -> Path:
-    """Build a TensorRT plan with its sidecar in ``folder``; its file name says what it serves."""
-    from ..backends.tensorrt import build_engine, engine_name, sidecar_path
+def build_plan(device: Device, onnx: Path, folder: Path, name: str, options: EngineOptions) -> Path:
+    """Build a TensorRT plan on the device, with its sidecar in ``folder``; its file name says what it serves."""
+    from ..backends.tensorrt import engine_name, sidecar_path
 
     built = folder / f"{name}.plan"
-    sidecar = build_engine(onnx, built, options)
+    sidecar = device.build(onnx, built, options)
     plan = folder / engine_name(name, sidecar)  # the sidecar knows the version and the GPU
     for one, other in ((built, plan), (sidecar_path(built), sidecar_path(plan))):
         one.rename(other)
@@ -248,5 +248,5 @@ def served_sizes(profile: Profile, image_size: tuple[int, int]) -> dict[str, Any
     return {"batch": (profile.input.batch.min, profile.input.batch.max), "image_size": sides}
 
 
-def _installed(runtime: str) -> bool:
-    return find_spec(runtimes.module(runtime)) is not None
+def _installed(bench: Bench, runtime: str) -> bool:
+    return runtimes.on(bench.profile).has(runtimes.module(runtime))

@@ -12,7 +12,9 @@ from typing import Any
 
 import vitprune
 
+from ..artifact import hash_files
 from ..console import Console
+from ..files import canonical_sha256
 from ..profile import Profile
 from ..stages import Stages
 from . import choose, int8, judge, make, prepare, screen
@@ -85,19 +87,36 @@ STAGES = (
 )  # fmt: skip
 
 
-def run(profile: Profile, out: Path, console: Console, *, until: str | None = None, fresh: bool = False) -> Bench:
+def run(
+    profile: Profile,
+    out: Path,
+    console: Console,
+    *,
+    until: str | None = None,
+    fresh: bool = False,
+    others: Sequence[Bench] = (),
+    lead: Bench | None = None,
+) -> Bench:
     """Run the stages up to ``until`` (all of them if None) in ``out``; those that are done already are not repeated.
+
+    Args:
+        others: devices that the plan must suit too, measured already.
+        lead: the device whose plan and weights this one gets.
 
     Raises:
         VitpruneError: something is wrong with the input, the machine or the budget; what was done so far is kept.
     """
     last = [stage.name for stage in STAGES].index(until) + 1 if until else len(STAGES)
-    bench = Bench(profile, console, out / WORK)
+    bench = Bench(profile, console, out / WORK, others=tuple(others), lead=lead)
     hashes: dict[str, str] = {}
     with Stages(out / WORK) as stages:
         if fresh:
             stages.forget()
         for number, stage in enumerate(STAGES[:last], start=1):
+            if lead and stage.name == "recover":  # the same plan, the same weights
+                bench.folders["recover"] = lead.folders["recover"]
+                hashes["recover"] = canonical_sha256(hash_files(lead.folders["recover"], stage.outputs))
+                continue
             key = {
                 "vitprune": vitprune.__version__,
                 "needs": {name: hashes[name] for name in stage.needs},

@@ -9,8 +9,8 @@ from typing import Any
 
 from vitprune.errors import InputError
 
-from ..artifact import canonical_sha256, sha256_file
 from ..data import ImageSet, Preprocess
+from ..files import canonical_sha256, sha256_file
 from ..profile import Profile
 from .bench import METHOD_WEIGHTS, Bench, save_vit, save_weights, write_json
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,8 @@ from vitprune.errors import InputError
 
 from ..backends.base import Backend
 from ..cache import cache_dir
-from ..latency.fingerprint import device_fingerprint
 from ..profile import Profile
+from ..remote.device import Device, Here
 
 if TYPE_CHECKING:
     from vitprune.model.config import VitConfig
@@ -42,24 +42,18 @@ def loader(profile: Profile) -> Loader:
     Raises:
         MissingError: when called, if the runtime or its device is not here.
     """
-    runtime, threads = profile.runtime, profile.budget.threads
-    if runtime.name == "openvino":
-        from ..latency.wholes import openvino_loader
+    from ..latency.wholes import is_part, onnxruntime_loader, openvino_loader
 
-        return openvino_loader(threads, load_options(profile))
+    runtime, device, threads = profile.runtime, on(profile), profile.budget.threads
     if not is_tensorrt(runtime.name):
-        from ..latency.wholes import onnxruntime_loader
-
-        return onnxruntime_loader(threads, load_options(profile))
+        make = openvino_loader if runtime.name == "openvino" else onnxruntime_loader
+        return make(threads, load_options(profile), partial(device.load, runtime.name))
 
     def load(path: Path, sizes: Mapping[str, int]) -> Backend:
-        from ..backends.tensorrt import TensorRT, build_engine
-        from ..latency.wholes import is_part
-
         plan = path.with_name(f"{path.stem}-{'-'.join(map(str, sizes.values()))}.plan")
-        build_engine(path, plan, _fixed(path, sizes, profile))
+        device.build(path, plan, _fixed(path, sizes, profile))
         options = {**load_options(profile), "copies": not is_part(sizes)}
-        return TensorRT.load(plan, threads=threads, options=options)
+        return device.load("tensorrt", plan, threads=threads, options=options)
 
     return load
 
@@ -81,11 +75,26 @@ def load_options(profile: Profile, precision: str | None = None) -> dict[str, An
     return {"provider": runtime.provider, "provider_options": options, **ours}
 
 
+def on(profile: Profile) -> Device:
+    """The machine that the engine is for: this one, or the board that the profile names."""
+    return on_host(profile.device.host)
+
+
+def on_host(host: str | None) -> Device:
+    """The board of that name or address; this machine for None."""
+    if host is None:
+        return Here()
+    from ..remote.board import board
+
+    return board(host)
+
+
 def device(profile: Profile) -> dict[str, Any]:
-    """The fingerprint of this machine with the profile's runtime on it."""
+    """The fingerprint of the profile's device with its runtime on it."""
     name = "tensorrt" if is_tensorrt(profile.runtime.name) else profile.runtime.name
     provider = name if is_tensorrt(profile.runtime.name) else profile.runtime.provider
-    return device_fingerprint(f"{name} {_version(profile.runtime.name)}", provider, profile.budget.threads)
+    version = on(profile).version(_distributions(profile.runtime.name)) or "none"
+    return on(profile).fingerprint(f"{name} {version}", provider, profile.budget.threads)
 
 
 def engine_options(profile: Profile, config: VitConfig, runtime: str, precision: str | None = None) -> EngineOptions:
@@ -162,17 +171,10 @@ def _workspace_mb(profile: Profile) -> int | None:
     return options.get("workspace_mb")  # type: ignore[return-value]  # an int, as was looked at
 
 
-def _version(name: str) -> str:
-    """The version of the runtime's package, whichever distribution brought it; 'none' where there is none."""
-    if not is_tensorrt(name):
-        from ..backends.onnxruntime import DISTRIBUTIONS
+def _distributions(name: str) -> tuple[str, ...]:
+    """The packages, whichever is there, that bring the runtime of a profile."""
+    if is_tensorrt(name):
+        return (name, f"{name}-cu13", f"{name}-cu12", name.replace("-", "_"))
+    from ..backends.onnxruntime import DISTRIBUTIONS
 
-        candidates: tuple[str, ...] = ("openvino",) if name == "openvino" else DISTRIBUTIONS
-    else:
-        candidates = (name, f"{name}-cu13", f"{name}-cu12", name.replace("-", "_"))
-    for candidate in candidates:
-        try:
-            return version(candidate)
-        except PackageNotFoundError:
-            continue
-    return "none"
+    return ("openvino",) if name == "openvino" else DISTRIBUTIONS

@@ -32,7 +32,7 @@ def consistency(bench: Bench, backend: str, engine: Path) -> checks.Consistency:
     onnx = bench.folders["int8"] / INT8_MODEL if int8 else exported
     images, _ = picked(tested, bench.preprocess, range(min(checks.FEW, len(tested))))
     return checks.check_consistency(
-        checks.subject(backend, engine, onnx, threads=profile.budget.threads, options=options),
+        checks.subject(runtimes.on(profile), backend, engine, onnx, threads=profile.budget.threads, options=options),
         images,
         checks.Served.of(profile, bench.pruned.config.image_size),
         checks.arithmetic("int8" if int8 else runtime.precision, runtime.name, options),

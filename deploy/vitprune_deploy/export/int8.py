@@ -19,8 +19,8 @@ import numpy as np
 
 from vitprune.errors import MissingError
 
-from ..artifact import atomic_path
 from ..backends._onnx_file import axes
+from ..files import atomic_path
 
 Recipe = Literal["dynamic", "symmetric", "nncf"]
 PRODUCTS = ["MatMul", "Gemm"]

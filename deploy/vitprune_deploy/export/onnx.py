@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from vitprune import __version__
 from vitprune.errors import InputError, NotSupported
 
-from ..artifact import TEMPORARY, flush, sha256_file, writing
+from ..files import TEMPORARY, flush, sha256_file, writing
 from .islands import Island
 from .precision import in_precision, opset_for
 

@@ -59,7 +59,7 @@ def device_fingerprint(runtime: str, provider: str = "cpu", threads: int | None 
 
 def identity(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a fingerprint that a cache of measurements goes by."""
-    return _refusing(fingerprint) | {"runtime_version": fingerprint.get("runtime_version")}
+    return {**_refusing(fingerprint), "runtime_version": fingerprint.get("runtime_version")}
 
 
 def compare(measured: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -78,16 +78,16 @@ def machine_state() -> dict[str, Any]:
     load = Path("/proc/loadavg")
     if load.is_file():
         fields = load.read_text().split()
-        state |= {"load_1min": float(fields[0]), "running": int(fields[3].split("/")[0])}
+        state.update(load_1min=float(fields[0]), running=int(fields[3].split("/")[0]))
     for name, file in (("governor", "scaling_governor"), ("frequency_khz", "scaling_cur_freq")):
         found = _text(Path("/sys/devices/system/cpu/cpu0/cpufreq") / file)
         if found:
             state[name] = found
     pressure = _text(Path("/proc/pressure/cpu"))
     if pressure.startswith("some avg10="):
-        state["cpu_pressure_percent"] = float(pressure.split()[1].removeprefix("avg10="))
+        state["cpu_pressure_percent"] = float(pressure.split()[1].partition("=")[2])
     gpus = _nvidia_smi(GPU_STATE)
-    return state | ({"gpus": gpus} if gpus else {})
+    return {**state, **({"gpus": gpus} if gpus else {})}
 
 
 def _refusing(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def _nvidia_smi(fields: Mapping[str, str]) -> list[dict[str, str]]:
     except (OSError, subprocess.SubprocessError):
         return []
     rows = [[value.strip() for value in line.split(",")] for line in answer.splitlines() if line.strip()]
-    return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
+    return [dict(zip(fields, row)) for row in rows if len(row) == len(fields)]
 
 
 def _text(path: Path) -> str:

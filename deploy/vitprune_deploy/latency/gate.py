@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import os
 import threading
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 TASKS = Path("/proc/self/task")
 LOAD = Path("/proc/loadavg")
-POLL_S = 0.2
 
 
 class RunQueue:
@@ -49,32 +46,6 @@ class RunQueue:
             return 0
 
 
-@dataclass
-class Machine:
-    """What measuring needs from the machine besides the subjects; tests bring their own.
-
-    Attributes:
-        waited_ms: total wait of the caller and of the threads given, in milliseconds; None: not known on this system.
-        clock: seconds since some moment.
-        sleep: let so many seconds pass.
-        running: processes that run or want to, on the whole machine, this one included.
-    """
-
-    waited_ms: Callable[[Sequence[int]], float] | None = field(
-        default_factory=lambda: RunQueue() if RunQueue.available() else None
-    )
-    clock: Callable[[], float] = time.monotonic
-    sleep: Callable[[float], None] = time.sleep
-    running: Callable[[], int] = lambda: _running()
-
-    def wait_for_quiet(self, limit_s: float) -> float:
-        """Seconds waited until nothing else ran, or until ``limit_s`` were over."""
-        start = self.clock()
-        while self.clock() - start < limit_s and self.running() > 1:
-            self.sleep(POLL_S)
-        return self.clock() - start
-
-
-def _running() -> int:
-    """The fourth field of /proc/loadavg; 1, ourselves, where there is none."""
+def running() -> int:
+    """Processes that run or want to, ours included: the fourth field of /proc/loadavg; 1 where there is none."""
     return int(LOAD.read_text().split()[3].split("/")[0]) if LOAD.is_file() else 1

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .gate import Machine
+from .machine import Machine
 from .visits import Session, Subject, Track, Visit
 
 ANCHOR_HALF_WIDTH = 0.01  # whole models: anchors and candidates
@@ -144,10 +144,10 @@ def measure(
         max_seconds: a round is begun only if it will end by then, so that all subjects lose rounds alike.
         seed: draws the order of visits and the bootstrap.
         progress: told of every visit.
-        machine: clock and gate; None: this machine's.
+        machine: clock and gate; None: those of the machine that the reference runs on.
     """
     rng = np.random.default_rng(seed)
-    session = Session(reference, machine or Machine())
+    session = Session(reference, machine or reference.machine)
     tracks = [Track([subject]) for subject in subjects]
     end = session.machine.clock() + max_seconds
     done = number = 0
@@ -190,10 +190,10 @@ def percentiles(
         which: percentiles wanted.
         seed: draws the order of visits and the bootstrap.
         progress: told of every visit.
-        machine: clock and gate; None: this machine's.
+        machine: clock and gate; None: those of the machine that the reference runs on.
     """
     rng = np.random.default_rng(seed)
-    session = Session(reference, machine or Machine())
+    session = Session(reference, machine or reference.machine)
     tracks = [Track(sessions) for sessions in subjects]
     end = session.machine.clock() + max_seconds
     done = 0

@@ -18,9 +18,9 @@ from vitprune.search.counts import Counts, TokenMethod
 from vitprune.search.latency import Circumstances, LatencyTable, Levels, Timed
 from vitprune.search.latency import Pieces as Times
 
-from ..artifact import canonical_sha256
 from ..export.precision import DTYPES, opset_for
-from .fingerprint import compare, device_fingerprint, identity
+from ..files import canonical_sha256
+from .fingerprint import compare, identity
 from .pieces import TOKENS, PieceFiles, only_block, spread
 from .protocol import Measurement, Progress
 from .timing import time_both, time_call, without_call
@@ -378,7 +378,7 @@ def _reference(
         if min(reference.run() for _ in range(3)) <= LONG_MS:
             break
     with load(path, sizes) as loaded:
-        return reference, device_fingerprint(loaded.runtime, loaded.provider, request.threads)
+        return reference, reference.machine.fingerprint(loaded.runtime, loaded.provider, request.threads)
 
 
 def _times(times: Mapping[_Part, float], request: Request) -> Times:

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..backends.base import Backend
-from .gate import Machine
+from .machine import Asked, Machine
 
-GATE = 0.005  # share of a sample that our threads may have waited for a processor
 SAMPLE_MS = 2.0  # shorter runs are timed several at a time: calling and reading the counter take microseconds
 WARM_BELOW_MS = 50.0  # longer runs stream more weights than a cache holds, and need no warm-up run
 
@@ -25,16 +24,18 @@ class Subject:
         name: how reports call it.
         run: runs it once and returns the milliseconds that this took.
         threads: kernel ids of the threads that work for it besides the caller, for the gate.
+        machine: the machine that it runs on.
     """
 
     name: str
     run: Callable[[], float]
     threads: tuple[int, ...] = ()
+    machine: Machine = field(default_factory=Machine)
 
     @classmethod
     def of(cls, name: str, model: Backend, feed: Mapping[str, np.ndarray]) -> Subject:
         """A loaded model that runs on ``feed`` again and again."""
-        return cls(name, model.bind(feed), tuple(model.thread_ids()))
+        return cls(name, model.bind(feed), tuple(model.thread_ids()), model.machine or Machine())
 
 
 def quickest(subjects: Sequence[Subject]) -> Subject:
@@ -86,12 +87,13 @@ class Session:
     """All visits of one measurement: they share a reference, and a gate that may have to be given up."""
 
     def __init__(self, reference: Subject, machine: Machine) -> None:
-        self.machine, self.gated = machine, machine.waited_ms is not None
+        self.machine, self.gated = machine, machine.gates
         self.references_ms: list[float] = []
         self._reference = Track([reference])
         self._waited_for_quiet = False
         self._round = [0, 0]  # samples accepted and rejected in this round
-        self._before = self._time_reference()
+        _settle(self._reference)
+        _, self._before = self._take(self._reference, 0, 1)
 
     def visit(self, track: Track, samples: int | None = None) -> None:
         """Time ``track`` once more.
@@ -101,13 +103,12 @@ class Session:
             samples: single runs wanted; None: two or three samples, each long enough to be timed well.
         """
         start = self.machine.clock()
-        self._warm_up(track)
+        _settle(track)
+        repeats = 1
         if samples is None:
             samples = 2 if track.expected_ms > WARM_BELOW_MS else 3
-            taken = self._samples(track, samples, min(64, math.ceil(SAMPLE_MS / track.expected_ms)))
-        else:
-            taken = self._samples(track, samples, repeats=1)
-        after = self._time_reference()
+            repeats = min(64, math.ceil(SAMPLE_MS / track.expected_ms))
+        taken, after = self._take(track, samples, repeats)
         around, self._before = self._before + after, after
         track.visit_s = self.machine.clock() - start
         if taken and around:  # otherwise the gate let nothing pass, and a later round brings another visit
@@ -126,39 +127,25 @@ class Session:
             self._waited_for_quiet = True
             self.machine.wait_for_quiet(patience_s)
 
-    def _time_reference(self) -> list[float]:
-        """Two runs of the reference: they close one visit and open the next."""
-        self._warm_up(self._reference)
-        taken = self._samples(self._reference, 2, repeats=1)
-        self.references_ms.extend(taken)
-        return taken
+    def _take(self, track: Track, samples: int, repeats: int) -> tuple[list[float], list[float]]:
+        """Accepted samples of ``track`` and of the reference behind them, in milliseconds; all are counted."""
+        warm, warm_reference = (one.expected_ms < WARM_BELOW_MS for one in (track, self._reference))
+        asked = Asked(samples, repeats, warm, warm_reference, self.gated)
+        found = self.machine.take(track.subject, self._reference.subject, asked)
+        self._count(track, len(found.samples_ms), found.rejected)
+        self._count(self._reference, len(found.references_ms), found.references_rejected)
+        self.references_ms.extend(found.references_ms)
+        return found.samples_ms, found.references_ms
 
-    def _warm_up(self, track: Track) -> None:
-        """Bring the weights back into the cache; the very first run also settles what the runtime puts off."""
-        if not track.expected_ms:
-            track.subject.run()
-            track.expected_ms = max(track.subject.run(), 1e-6)
-        elif track.expected_ms < WARM_BELOW_MS:
-            track.subject.run()
+    def _count(self, track: Track, accepted: int, rejected: int) -> None:
+        track.accepted += accepted
+        track.rejected += rejected
+        self._round[0] += accepted
+        self._round[1] += rejected
 
-    def _samples(self, track: Track, wanted: int, repeats: int) -> list[float]:
-        """Up to ``wanted`` accepted samples of a visit, in milliseconds, from at most twice as many."""
-        taken: list[float] = []
-        for _ in range(2 * wanted if self.gated else wanted):
-            sample_ms, quiet = self._sample(track.subject, repeats)
-            if quiet:
-                taken.append(sample_ms)
-            track.accepted += quiet
-            track.rejected += not quiet
-            self._round[not quiet] += 1
-            if len(taken) == wanted:
-                break
-        return taken
 
-    def _sample(self, subject: Subject, repeats: int) -> tuple[float, bool]:
-        """Mean milliseconds of ``repeats`` runs, and whether nobody else ran meanwhile (taken as so without a gate)."""
-        waited = self.machine.waited_ms if self.gated else None
-        before = waited(subject.threads) if waited else 0.0
-        total_ms = sum(subject.run() for _ in range(repeats))
-        after = waited(subject.threads) if waited else 0.0
-        return total_ms / repeats, after - before <= GATE * total_ms
+def _settle(track: Track) -> None:
+    """Have the very first run over, which settles what the runtime puts off, and know how long the next ones take."""
+    if not track.expected_ms:
+        track.subject.run()
+        track.expected_ms = max(track.subject.run(), 1e-6)

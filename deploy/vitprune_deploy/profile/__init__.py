@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from .checks import patch_size
-from .loading import Listed, list_profiles, load_profile
+from .loading import Listed, list_profiles, load_fleet, load_profile
 from .schema import Profile
 from .writing import commented_yaml, json_schema
 
-__all__ = ["Listed", "Profile", "commented_yaml", "json_schema", "list_profiles", "load_profile", "patch_size"]
+__all__ = [
+    "Listed",
+    "Profile",
+    "commented_yaml",
+    "json_schema",
+    "list_profiles",
+    "load_fleet",
+    "load_profile",
+    "patch_size",
+]

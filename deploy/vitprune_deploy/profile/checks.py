@@ -267,6 +267,13 @@ def _device_has_the_runtime(p: Any) -> Iterator[Problem]:
 
 
 @_rule
+def _host_holds_no_password(p: Any) -> Iterator[Problem]:
+    user, at, _ = (p.device.host or "").partition("@")
+    if at and ":" in user.removeprefix("ssh://"):
+        yield "device.host", "must hold no password; ssh's agent and keys are used"
+
+
+@_rule
 def _memory_is_there(p: Any) -> Iterator[Problem]:
     if None not in (p.budget.memory_mb, p.device.memory_mb) and p.budget.memory_mb > p.device.memory_mb:
         yield "budget.memory_mb", f"exceeds device.memory_mb, {p.device.memory_mb}, got {p.budget.memory_mb}"

@@ -51,12 +51,68 @@ def load_profile(path: str | Path, overrides: Sequence[str] = (), *, files_exist
     Raises:
         InputError: all that is wrong, one line for each problem: 'file:line: key: problem, got value'.
     """
+    tree, devices = _read(path, overrides)
+    if devices:
+        named = tree.inside("device")
+        host = named.inside("host") if named else None
+        chosen = devices.get(host.value) if host and isinstance(host.value, str) else None
+        if chosen is None:
+            names = ", ".join(devices)
+            raise InputError(f"{tree.place}: devices: it is for one of several; choose one with --host: {names}")
+        tree = tree.under(chosen)
+    return _validated(tree, files_exist)
+
+
+def load_fleet(path: str | Path, overrides: Sequence[str] = (), *, files_exist: bool = False) -> dict[str, Profile]:
+    """A profile for each of ``devices``, by name, in their order; where the file lists none, its own under its name.
+
+    What a device is said to have comes over the rest of the file; where ``overrides`` name one as ``device.host``, it
+    is the only one.
+
+    Raises:
+        InputError: as ``load_profile``.
+    """
+    tree, devices = _read(path, overrides)
+    if not devices or any(override.startswith("device.host=") for override in overrides):
+        one = load_profile(path, overrides, files_exist=files_exist)
+        return {one.name: one}
+    return {name: _validated(tree.under(entry), files_exist) for name, entry in devices.items()}
+
+
+def _read(path: str | Path, overrides: Sequence[str]) -> tuple[Tree, dict[str, Tree]]:
+    """What the profile says, and what it says of each of several devices."""
     file = _find(str(path), Path()) or Path(path)
     tree = _extended(file, (), [])
     for override in overrides:
         tree = tree.under(_override(override))
     stem = re.sub(r"[^A-Za-z0-9._-]", "-", file.stem).lstrip("._-")[:100]
     tree.value.setdefault("name", Tree(stem or "profile", str(file), file.parent))
+    listed = tree.value.pop("devices", None)
+    if listed is None or listed.blank:
+        return tree, {}
+    if not isinstance(listed.value, dict) or not listed.value:
+        raise InputError(f"{listed.place}: devices: must be a mapping of names, got {show(listed.plain())}")
+    return tree, {name: _device(name, entry, file) for name, entry in listed.value.items()}
+
+
+def _device(name: str, entry: Tree, file: Path) -> Tree:
+    """What stands under ``name`` among the devices of ``file``, a partial profile; ``host`` is for device.host."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise InputError(f"{entry.place}: devices: a name is letters, digits, '.', '_' and '-', got {show(name)}")
+    if not isinstance(entry.value, dict):
+        raise InputError(f"{entry.place}: devices.{name}: must be keys such as host, got {show(entry.plain())}")
+    host = entry.value.pop("host", None)
+    if host is not None:
+        entry = entry.under(Tree({"device": Tree({"host": host}, host.place, host.folder)}, entry.place, entry.folder))
+    return _with_bases(entry, file, (), [file])
+
+
+def _validated(tree: Tree, files_exist: bool) -> Profile:
+    """The profile that a tree says.
+
+    Raises:
+        InputError: all that is wrong, one line for each problem.
+    """
     missing = rule_errors(tree, list(_make_paths_absolute(tree)))
     plain = filled(Profile, tree.plain())
     try:
@@ -96,8 +152,12 @@ def _find(name: str, folder: Path) -> Path | None:
 
 def _extended(path: Path, chain: tuple[Path, ...], opened: list[Path]) -> Tree:
     """The tree of ``path`` over those that it extends; ``chain`` is what led here."""
-    tree = read(path)
     opened.append(path)
+    return _with_bases(read(path), path, chain, opened)
+
+
+def _with_bases(tree: Tree, path: Path, chain: tuple[Path, ...], opened: list[Path]) -> Tree:
+    """``tree``, which stands in ``path``, over what it extends."""
     extends = tree.value.pop("extends", None)
     if extends is None or extends.blank:
         return tree

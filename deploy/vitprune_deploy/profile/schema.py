@@ -128,6 +128,11 @@ class Device(Section):
 
     name: str | None = Field(default=None, description="what people call it")
     description: str | None = Field(default=None, description="a sentence about it")
+    host: str | None = Field(
+        default=None,
+        description="a board to measure, build and validate on: ssh://user@board, or a name given by 'devices add'; "
+        "null: this machine",
+    )
     compute_capability: ComputeCapability | None = Field(default=None, description="of its NVIDIA GPU, such as 8.7")
     memory_mb: Count | None = Field(default=None, description="memory that a model may use, in MB")
     runtimes: dict[str, VersionRange] = Field(
@@ -338,6 +343,11 @@ class Search(Section):
         default=96, description="candidate plans whose true loss is measured to correct the sum of parts"
     )
     max_seconds: Seconds | None = Field(default=None, description="seconds for those evaluations; null: no limit")
+    one_plan: bool = Field(
+        default=False,
+        description="one plan for all of several devices, of which the slowest, against its own unpruned model, "
+        "decides; false: a plan for each",
+    )
     landings: Annotated[int, Field(ge=0, le=100)] = Field(
         default=4, description="rounds in which candidates are built and measured; 0: the latency table is trusted"
     )

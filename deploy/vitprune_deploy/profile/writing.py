@@ -16,7 +16,12 @@ def json_schema() -> dict[str, Any]:
     schema = Profile.model_json_schema()
     texts = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
     extends = texts | {"description": "files whose keys this one builds on, such as devices/orin-nx"}
-    schema["properties"] = {"extends": extends} | schema["properties"]
+    devices = {
+        "type": "object",
+        "additionalProperties": {"type": "object"},
+        "description": "several devices to build for, by name: of each its host, what it extends, and keys of its own",
+    }
+    schema["properties"] = {"extends": extends, "devices": devices} | schema["properties"]
     del schema["required"]  # what a file lacks may come from one that it extends
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from vitprune.errors import DamagedFile, InputError
 
-from ..artifact import MANIFEST, EngineEntry, Manifest, sha256_file
+from ..artifact import MANIFEST, EngineEntry, Manifest
 from ..backends.base import TensorSpec
 from ..backends.tensorrt import read_sidecar
+from ..files import sha256_file
 from ..runtime import CHUNK
 
 BACKENDS = ("onnxruntime", "tensorrt")  # Triton's names are ours

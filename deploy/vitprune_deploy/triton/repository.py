@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from vitprune.errors import InputError
 
-from ..artifact import atomic_folder, copy_atomic, hash_files, sweep, write_atomic
+from ..artifact import hash_files
+from ..files import atomic_folder, copy_atomic, sweep, write_atomic
 from ..runtime import preprocess_of
 from .config import LABELS, class_names, dims, model_config
 from .engine import Engine, open_engine

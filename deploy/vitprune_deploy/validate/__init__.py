@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .accuracy import Accuracy, Paired, Parity, Share, compare_accuracy, compare_with_torch, run_models
 from .consistency import Consistency, Served, arithmetic
-from .cost import SESSIONS, budget_ms, compare_latency, latency_dict, memory_mb, one_batch, size_bytes
+from .cost import SESSIONS, budget_ms, compare_latency, latency_dict, one_batch, size_bytes
 from .examine import FEW, Subject, check_consistency
 from .golden import Difference, compare_golden, write_golden
 from .judge import Figures, Limits, Verdict, judge, missed_floors
@@ -33,7 +33,6 @@ __all__ = [
     "compare_with_torch",
     "judge",
     "latency_dict",
-    "memory_mb",
     "missed_floors",
     "one_batch",
     "run_models",

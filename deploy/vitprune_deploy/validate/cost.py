@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,31 +18,6 @@ from ..runtime import Model
 
 PERCENTILES = (50, 90, 99)
 SESSIONS = 3  # of each engine that is timed: one alone may be a lucky or an unlucky one
-
-# VmHWM and not getrusage, whose peak a child inherits from its parent
-_MEMORY = """
-import json, pathlib, sys
-import numpy
-from vitprune import parts
-from vitprune_deploy.backends.base import Backend
-
-def kilobytes(key):
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1])
-
-what = json.loads(sys.argv[1])
-kind = parts.load("vitprune_deploy.backends", what["backend"], Backend)
-inputs = numpy.ones(what["shape"], what["dtype"])
-try:
-    __import__(what["backend"])
-except ImportError:
-    pass
-before = kilobytes("VmRSS")
-with kind.load(pathlib.Path(what["model"]), **what["load"]) as engine:
-    for _ in range(3):
-        engine.run(inputs)
-print((kilobytes("VmHWM") - before) * 1.024)
-"""
 
 
 def one_batch(images: ImageSet, preprocess: Preprocess, batch: int) -> np.ndarray:
@@ -128,24 +99,3 @@ def budget_ms(latency_ms: float | None, speedup: float | None, dense: Distributi
 def size_bytes(model: Path) -> int:
     """Bytes of a model file and of the weights beside it (``model.onnx.data``)."""
     return sum(file.stat().st_size for file in model.parent.glob(f"{model.name}*") if file.suffix != ".json")
-
-
-def memory_mb(backend: str, model: Path, inputs: np.ndarray, **load: Any) -> float | None:
-    """Most memory that loading and running ``model`` adds to a fresh process, in MB of 10^6 bytes; Linux only.
-
-    On a GPU it is the memory of the host.
-
-    Args:
-        backend: name of the runtime's file in ``backends``.
-        model: the model file.
-        inputs: one batch; only shape and type count.
-        load: further arguments of ``Backend.load``.
-    """
-    if not Path("/proc/self/status").exists():
-        return None
-    what = {"backend": backend, "model": str(model), "shape": inputs.shape, "dtype": inputs.dtype.name, "load": load}
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(
-        [sys.executable, "-c", _MEMORY, json.dumps(what)], capture_output=True, text=True, env=environment
-    )
-    return float(done.stdout) / 1000 if done.returncode == 0 else None

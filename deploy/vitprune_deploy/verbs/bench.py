@@ -11,10 +11,10 @@ import numpy as np
 
 from vitprune.errors import InputError
 
-from ..artifact import sha256_file
 from ..backends.base import TensorSpec
 from ..backends.onnxruntime import OnnxRuntime
 from ..console import Console
+from ..files import sha256_file
 from ..latency.fingerprint import device_fingerprint, machine_state
 from ..latency.protocol import Measurement, measure
 from ..latency.visits import Subject

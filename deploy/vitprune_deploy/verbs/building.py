@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vitprune.errors import BudgetUnreachable, InputError
 
 from ..console import Console
-from ..profile import Profile, load_profile
+from ..profile import Profile, load_fleet, load_profile
 from .answer import Answer, milliseconds, table
 from .figures import account, block_rows, percent
 
@@ -47,10 +47,28 @@ def build(
 
     overrides = [*overrides, *(budget_overrides(budget) if budget else [])]
     overrides += [] if recover else ["recover.enabled=false"]
-    profile, out = open_profile(name, overrides, out)
+    profiles = load_fleet(name, overrides, files_exist=True)
+    profile = next(iter(profiles.values()))
+    out = out or OUT / profile.name
+    if list(profiles) != [profile.name]:
+        return _build_fleet(console, profiles, out, fresh)
     manifest = pipeline.build(profile, out, console, fresh=fresh)
     data = {"folder": str(out), **manifest.model_dump(mode="json", by_alias=True)}
     return Answer(account(manifest, out), data, 0 if manifest.verdict == "pass" else 1)
+
+
+def _build_fleet(console: Console, profiles: Mapping[str, Profile], out: Path, fresh: bool) -> Answer:
+    """A build for each device; code 1 unless all verdicts are 'pass', and 3 where one could not be built."""
+    from ..build.fleet import build_fleet
+    from ..report.fleet import HEAD, fleet_dict, fleet_row
+
+    boards = build_fleet(profiles, out, console, fresh=fresh)
+    rows = [[board.name, *fleet_row(board)] for board in boards]
+    reasons = [f"{board.name}: {board.why}" for board in boards if board.why]
+    text = "\n".join([table(rows, head=HEAD[:-1]), *reasons, f"{out / 'report.html'} is about all of them"])
+    verdicts = {board.manifest.verdict if board.manifest else "none" for board in boards}
+    code = 3 if "none" in verdicts else int(verdicts != {"pass"})
+    return Answer(text, {"folder": str(out), "devices": fleet_dict(boards)}, code)
 
 
 def measure(console: Console, name: str, overrides: Sequence[str], out: Path | None, *, fresh: bool) -> Answer:
@@ -86,8 +104,8 @@ def search(
 
 def export(console: Console, name: str, overrides: Sequence[str], out: Path | None, *, fresh: bool) -> Answer:
     """The pruned model as ONNX, compared with torch; no engine is built or validated."""
-    from ..artifact import copy_atomic
     from ..build import pipeline
+    from ..files import copy_atomic
 
     profile, out = open_profile(name, overrides, out)
     bench = pipeline.run(profile, out, console, until="export", fresh=fresh)

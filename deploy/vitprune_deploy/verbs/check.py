@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +19,7 @@ from ..data import open_split
 from ..profile import Profile
 from .answer import Answer, table
 from .building import open_profile
-from .doctor import EXTRAS, is_installed, try_openvino, try_provider
+from .doctor import EXTRAS, is_installed, try_loading, try_openvino, try_provider
 from .estimate import duration, estimate
 
 if TYPE_CHECKING:
@@ -56,8 +56,11 @@ def check(console: Console, name: str, overrides: Sequence[str], out: Path | Non
     problems, facts = Problems(), {}
     able = problems.during(_check_packages)
     engines = _tensorrt_modules(profile)
-    problems.during(lambda: _check_runtime(profile, engines))
-    problems.during(lambda: _check_engines(profile, engines))
+    if profile.device.host is None:
+        problems.during(lambda: _check_runtime(profile, engines))
+        problems.during(lambda: _check_engines(profile, engines))
+    else:
+        problems.during(lambda: _check_board(profile))
     problems.during(lambda: _check_folder(out))
     with tempfile.TemporaryDirectory() as scratch:
         bench = problems.during(lambda: _open_model(profile, console, Path(scratch))) if able else None
@@ -83,7 +86,21 @@ def _check_packages() -> bool:
 def _tensorrt_modules(profile: Profile) -> dict[str, dict[str, Any]]:
     """What the TensorRT modules can do here; nothing where the profile asks for none of them."""
     names = [profile.runtime.name, *(engine.name for engine in profile.runtime.also_build)]
-    return capabilities() if any(name.startswith("tensorrt") for name in names) else {}
+    here = profile.device.host is None
+    return capabilities() if here and any(name.startswith("tensorrt") for name in names) else {}
+
+
+def _check_board(profile: Profile) -> None:
+    """Raises MissingError if the board is not reached, or the profile's runtime does not run there."""
+    from ..build import runtimes
+
+    device, name = runtimes.on(profile), profile.runtime.name
+    if not device.has(runtimes.module(name)):
+        raise MissingError(f"{profile.device.host}: its Python has no {runtimes.module(name)}; install it there")
+    if not name.startswith("tensorrt"):
+        load = partial(device.load, name, options=runtimes.load_options(profile))
+        if why := try_loading(f"{name} on {profile.device.host}", load):
+            raise MissingError(why)
 
 
 def _check_runtime(profile: Profile, engines: Mapping[str, Mapping[str, Any]]) -> None:
@@ -172,7 +189,9 @@ def _facts(bench: Bench) -> dict[str, Any]:
     """What a build will work on, and about how many seconds its stages take."""
     from vitprune.macs import macs, params
 
-    config = bench.dense.config
+    from ..build import runtimes
+
+    config, device = bench.dense.config, runtimes.on(bench.profile)
     return {
         "model": bench.profile.model.name,
         "params": params(config),
@@ -181,7 +200,7 @@ def _facts(bench: Bench) -> dict[str, Any]:
         "images": {name: len(part) for name, part in bench.images._asdict().items()},
         "labelled": bench.images.test.labels is not None,
         "token_methods": [method.name for method in bench.token_methods()],
-        "left_out": [e.name for e in bench.profile.runtime.also_build if find_spec(e.name.replace("-", "_")) is None],
+        "left_out": [e.name for e in bench.profile.runtime.also_build if not device.has(runtimes.module(e.name))],
         "estimated_seconds": estimate(bench),
     }
 

@@ -7,7 +7,8 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,11 +35,12 @@ EXTRAS = {  # modules that an extra brings; one package of each is enough to tel
     "tensorrt-rtx": ("tensorrt_rtx", "cuda.bindings"),
     "pycuda": ("pycuda",),
     "search": ("ray",),
+    "ssh": ("asyncssh",),
 }
 PACKAGES = (
     "numpy", "pillow", "pydantic", "typer", "rich", "torch", "timm", "onnx", "onnxscript", "safetensors", "accelerate",
     *ort_backend.DISTRIBUTIONS, "openvino", "nncf", "tensorrt", "tensorrt-cu13", "tensorrt_rtx", "cuda-bindings",
-    "pycuda", "ray",
+    "pycuda", "ray", "asyncssh",
 )  # fmt: skip
 REMOTE_PROVIDERS = {"AzureExecutionProvider"}  # it asks a server
 # y = Relu(x), float [1, 2], opset 17: no onnx package is needed to try a provider
@@ -115,20 +117,21 @@ def _onnxruntime() -> dict[str, Any]:
 
 def try_provider(name: str) -> str:
     """Why ONNX Runtime's provider ``name`` does not compute y = max(x, 0) here; empty where it does."""
-    return _try(name, ort_backend.OnnxRuntime, {"provider": name})
+    return try_loading(name, partial(ort_backend.OnnxRuntime.load, options={"provider": name}))
 
 
 def try_openvino(precision: str) -> str:
     """The same of OpenVINO in ``precision``."""
-    return _try("openvino", openvino_backend.OpenVino, {"precision": precision})
+    return try_loading("openvino", partial(openvino_backend.OpenVino.load, options={"precision": precision}))
 
 
-def _try(name: str, backend: type[Backend], options: Mapping[str, Any]) -> str:
+def try_loading(name: str, load: Callable[[Path], Backend]) -> str:
+    """Why a small graph that ``load`` loads does not give what it should; empty where it does."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "relu.onnx")
         path.write_bytes(RELU)
         try:
-            with backend.load(path, options=options) as model:
+            with load(path) as model:
                 found = model.run(np.array([[-1.0, 2.0]], np.float32))
         except VitpruneError as error:
             return str(error)

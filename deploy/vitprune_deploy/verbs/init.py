@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from vitprune.errors import InputError
 
-from ..artifact import write_atomic
+from ..build.runtimes import on_host
 from ..console import Console
 from ..data.sources import open_source
-from ..latency.fingerprint import device_fingerprint
-from ..processor import favours_openvino
+from ..files import write_atomic
+from ..processor import BF16_UNITS
 from ..profile import commented_yaml, list_profiles, load_profile
 from ..profile.checks import RTX_CAPABILITIES
 from ..profile.loading import X86_BF16, X86_CPU
+from ..remote.device import Device
 from .answer import Answer
 
 if TYPE_CHECKING:
@@ -35,7 +36,14 @@ SHAPES = {"tiny": 192, "small": 384, "base": 768, "large": 1024, "huge": 1280}  
 
 
 def init(
-    console: Console, model: str, *, data: Path | None, speedup: float, architecture: str | None, output: Path
+    console: Console,
+    model: str,
+    *,
+    data: Path | None,
+    speedup: float,
+    architecture: str | None,
+    host: str | None,
+    output: Path,
 ) -> Answer:
     """Write a profile to ``output``, which the rest of the command accepts.
 
@@ -53,7 +61,7 @@ def init(
         "name": re.sub(r"[^A-Za-z0-9._-]", "-", named)[:100],
         "model": given,
         "data": images,
-        **_device(speedup),
+        **_device(speedup, host),
         "accuracy": {"max_drop": LARGEST_DROP} if labelled else {"min_agreement": LEAST_AGREEMENT},
     }
     write_atomic(output, commented_yaml(values))
@@ -161,19 +169,28 @@ def _split(data: Path, names: Sequence[str]) -> str | None:
     return None
 
 
-def _device(speedup: float) -> dict[str, Any]:
+def _device(speedup: float, host: str | None) -> dict[str, Any]:
+    """The sections of the device, the runtime and the budget."""
+    device = on_host(host)
+    found = _facts(device, speedup)
+    return {**found, "device": {"host": host, **found.get("device", {})}} if host else found
+
+
+def _facts(device: Device, speedup: float) -> dict[str, Any]:
     """What the machine says of itself: a shipped device file where one fits, its facts otherwise."""
-    here = device_fingerprint("none")
+    here = device.fingerprint("none")
     threads = {"budget": {"speedup": speedup, "threads": here["cores"]}}
     budget = {"budget": {"speedup": speedup}}
+    product = here["gpus"][0]["name"] if here["gpus"] else here["cpu"]  # a Jetson's board bears the name of its GPU
+    for listed in list_profiles():
+        if listed.is_device and re.search(rf"\b{re.escape(_model_number(listed.name))}\b", product, re.IGNORECASE):
+            return {"extends": listed.name, **budget}
     if not here["gpus"]:
         if here["architecture"] in ("x86_64", "AMD64"):
-            return {"extends": X86_BF16 if favours_openvino() else X86_CPU, **threads}
+            halves = BF16_UNITS & set(here["flags"]) and device.has("openvino")
+            return {"extends": X86_BF16 if halves else X86_CPU, **threads}
         return {"device": {"name": here["cpu"]}, **threads}
     gpu = here["gpus"][0]
-    for listed in list_profiles():
-        if listed.is_device and re.search(rf"\b{re.escape(_model_number(listed.name))}\b", gpu["name"], re.IGNORECASE):
-            return {"extends": listed.name, **budget}
     capability = gpu["compute_capability"]
     runtime = "tensorrt-rtx" if capability in RTX_CAPABILITIES and "RTX" in gpu["name"] else "tensorrt"
     facts = {"name": gpu["name"], "compute_capability": capability, "memory_mb": int(float(gpu["memory_mb"]))}

@@ -12,6 +12,7 @@ from vitprune.errors import VitpruneError
 
 from .. import validate as checks
 from ..artifact import EngineEntry, Manifest
+from ..build import runtimes
 from ..build.bench import INT8_MODEL
 from ..profile import Profile
 from ..validate.consistency import check_row
@@ -62,6 +63,7 @@ def _subject(folder: Path, manifest: Manifest, profile: Profile, engine: EngineE
     names = {"int8": f"engine/{INT8_MODEL}", profile.runtime.precision: "model.onnx"}
     onnx = folder / names.get(engine.precision, f"model.{engine.precision}.onnx")
     return checks.subject(
+        runtimes.on(profile),
         engine.runtime.removesuffix("-rtx"),
         folder / extra.get("file", "model.onnx"),
         onnx if onnx.is_file() else None,

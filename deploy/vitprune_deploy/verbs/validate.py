@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 
 from .. import validate as checks
-from ..artifact import EngineEntry, Manifest, sha256_file, verify
+from ..artifact import EngineEntry, Manifest, verify
+from ..build import runtimes
 from ..console import Console
 from ..data import ImageSet, open_split, picked
-from ..latency.fingerprint import compare, device_fingerprint, machine_state
+from ..files import sha256_file
+from ..latency.fingerprint import compare
 from ..latency.protocol import Distribution
 from ..profile import Profile, load_profile
+from ..remote.state import read_state
 from ..runtime import Model, load
 from . import soundness
 from .answer import Answer, milliseconds, table
@@ -67,7 +70,8 @@ def validate(console: Console, folder: Path, overrides: Sequence[str]) -> Answer
         with console.stage("validate", 1, 1):
             sound = soundness.consistency(folder, manifest, profile, few, console.say)
             found = _find(console, profile, sessions, images, sound, _memory(folder, manifest, profile))
-        here = device_fingerprint(pruned.backend.runtime, pruned.backend.provider, profile.budget.threads)
+        device = runtimes.on(profile)
+        here = device.fingerprint(pruned.backend.runtime, pruned.backend.provider, profile.budget.threads)
     verdict, budget_ms = _judge(profile, manifest, found)
     verdict = _with_golden(verdict, golden)
     differences = compare(manifest.device, here)
@@ -83,7 +87,7 @@ def validate(console: Console, folder: Path, overrides: Sequence[str]) -> Answer
         "latency": {name: checks.latency_dict(one) for name, one in _latencies(found).items()},
         "device": here,
         "device_differences": [*differences[0], *differences[1]],
-        "machine": machine_state(),
+        "machine": read_state(device.state()).to_dict(),
     }
     text = _text(folder, manifest, found, verdict, budget_ms)
     return Answer(text, data, 0 if verdict.verdict == "pass" else 1)
@@ -91,15 +95,18 @@ def validate(console: Console, folder: Path, overrides: Sequence[str]) -> Answer
 
 def _open(folder: Path, manifest: Manifest, profile: Profile, stack: ExitStack) -> dict[str, list[Model]]:
     """Sessions of the pruned engine, and of the dense one where it is still there; all are closed by ``stack``."""
-    threads = profile.budget.threads
+    threads, device = profile.budget.threads, runtimes.on(profile)
     # every file of the folder has been compared with its sum
-    pruned = [stack.enter_context(load(folder, threads=threads, verify=False)) for _ in range(checks.SESSIONS)]
+    pruned = [
+        stack.enter_context(load(folder, threads=threads, verify=False, device=device)) for _ in range(checks.SESSIONS)
+    ]
     file = _dense_file(folder, pruned[0])
     if file is None:
         return {"pruned": pruned}
-    (_, extra), kind = _run_engine(manifest), type(pruned[0].backend)
+    engine, extra = _run_engine(manifest)
+    kind, options = engine.runtime.removesuffix("-rtx"), extra.get("options")
     served = extra.get("max_batch"), extra.get("min_batch", 1)
-    backends = [kind.load(file, threads=threads, options=extra.get("options")) for _ in pruned]
+    backends = [device.load(kind, file, threads=threads, options=options) for _ in pruned]
     dense = [Model(backend, pruned[0].preprocess, pruned[0].classes, *served) for backend in backends]
     return {"pruned": pruned, "dense": [stack.enter_context(model) for model in dense]}
 
@@ -128,7 +135,7 @@ def _memory(folder: Path, manifest: Manifest, profile: Profile) -> Callable[[np.
     """From one batch to the memory that the engine takes, in MB."""
     engine, extra = _run_engine(manifest)
     return partial(
-        checks.memory_mb,
+        runtimes.on(profile).memory_mb,
         engine.runtime.removesuffix("-rtx"),
         folder / extra.get("file", "model.onnx"),
         threads=profile.budget.threads,

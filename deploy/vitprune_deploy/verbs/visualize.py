@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw
 
 from vitprune.errors import InputError
 
-from ..artifact import Manifest, atomic_path
+from ..artifact import Manifest
+from ..files import atomic_path
 from ..runtime import preprocess_of
 from .answer import Answer
 
