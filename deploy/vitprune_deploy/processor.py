@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,5 +26,10 @@ def instruction_sets() -> list[str]:
 
 
 def favours_openvino() -> bool:
-    """Whether OpenVINO is installed and has units for bf16 here, which makes it the quickest runtime in floats."""
-    return bool(BF16_UNITS & set(instruction_sets())) and find_spec("openvino") is not None
+    """Whether this machine ``suits_openvino``."""
+    return suits_openvino(instruction_sets(), find_spec("openvino") is not None)
+
+
+def suits_openvino(flags: Collection[str], installed: bool) -> bool:
+    """Whether OpenVINO is installed and has units for bf16, which makes it the quickest runtime in floats."""
+    return installed and bool(BF16_UNITS & set(flags))

@@ -6,6 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 from sshd import Board, Server, logged_in_from, serving
+from tiny import images, tiny_vit
+
+from vitprune.surgery import reduce_tokens
+from vitprune_deploy.backends.onnxruntime import OnnxRuntime
+from vitprune_deploy.export.onnx import export_onnx
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +24,13 @@ def sshd_server(tmp_path_factory) -> Iterator[Server]:
 def sshd(sshd_server, tmp_path, monkeypatch) -> Board:
     """A board that this process may log in to: with a home, settings and known hosts of the test's own."""
     return logged_in_from(sshd_server, tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """A token-pruned model as ONNX, images for it, and the answers of this process."""
+    path = tmp_path_factory.mktemp("model") / "model.onnx"
+    export_onnx(reduce_tokens(tiny_vit(depth=3), "evit", {1: 30}), path)
+    batch = images(5).numpy()
+    with OnnxRuntime.load(path, threads=1) as model:
+        return path, batch, model.run(batch)

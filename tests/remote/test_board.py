@@ -9,28 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import images, tiny_vit
 
 from vitprune.errors import DamagedFile, MissingError
-from vitprune.surgery import reduce_tokens
-from vitprune_deploy.backends.onnxruntime import OnnxRuntime
-from vitprune_deploy.export.onnx import export_onnx
 from vitprune_deploy.latency.protocol import measure
 from vitprune_deploy.latency.visits import Subject
 from vitprune_deploy.remote import board as boards
 from vitprune_deploy.remote.board import Board
 from vitprune_deploy.remote.connection import Lost
 from vitprune_deploy.remote.registry import Device
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A token-pruned model as ONNX, images for it, and the answers of this process."""
-    path = tmp_path_factory.mktemp("model") / "model.onnx"
-    export_onnx(reduce_tokens(tiny_vit(depth=3), "evit", {1: 30}), path)
-    batch = images(5).numpy()
-    with OnnxRuntime.load(path, threads=1) as model:
-        return path, batch, model.run(batch)
 
 
 @pytest.fixture

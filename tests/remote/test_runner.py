@@ -13,11 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import images, tiny_vit
 
-from vitprune.surgery import reduce_tokens
-from vitprune_deploy.backends.onnxruntime import OnnxRuntime
-from vitprune_deploy.export.onnx import export_onnx
 from vitprune_deploy.latency.machine import Asked, Taken
 from vitprune_deploy.remote import runner as program
 from vitprune_deploy.remote.bundle import bundle, name_of
@@ -72,16 +68,6 @@ def runner(file, tmp_path):
     pipe = Pipe(file, tmp_path / "board")
     yield pipe
     pipe.close()
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A token-pruned model as ONNX, images for it, and the answers of this process."""
-    path = tmp_path_factory.mktemp("model") / "model.onnx"
-    export_onnx(reduce_tokens(tiny_vit(depth=3), "evit", {1: 30}), path)
-    batch = images(5).numpy()
-    with OnnxRuntime.load(path, threads=1) as model:
-        return path, batch, model.run(batch)
 
 
 def loaded(runner, path, key=1, **more):

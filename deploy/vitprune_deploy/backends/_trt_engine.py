@@ -96,7 +96,7 @@ def build_engine(
         MissingError: the module, a driver, memory or room on the disk is missing.
     """
     _check_file(onnx_path)
-    precision = _precision(onnx_path, options)
+    precision = precision_of(onnx_path, options)
     request = {
         "profiles": [dict(profile) for profile in options.profiles],
         "format": FORMATS.get(precision or ""),
@@ -118,7 +118,7 @@ def build_engine(
             timeout_s=options.timeout_s,
             progress=progress,
         )
-        sidecar = {"schema": SCHEMA, "status": "built", "precision": precision, **found, **_files(plan, onnx_path)}
+        sidecar = {"schema": SCHEMA, "status": "built", "precision": precision, **found, **files_of(plan, onnx_path)}
     write_atomic(sidecar_path(out_path), json.dumps(sidecar, indent=1) + "\n")
     return sidecar
 
@@ -154,7 +154,7 @@ def refit_engine(plan: Path, onnx_path: Path, out_path: Path, *, timeout_s: floa
             "host_code": "VERSION_COMPATIBLE" in sidecar["flags"],
         }
         ask("refit", sidecar["runtime"], request, subject=str(plan), timeout_s=timeout_s)
-        sidecar = {**sidecar, "refitted_from": sidecar["sha256"], **_files(refitted, onnx_path)}
+        sidecar = {**sidecar, "refitted_from": sidecar["sha256"], **files_of(refitted, onnx_path)}
     write_atomic(sidecar_path(out_path), json.dumps(sidecar, indent=1) + "\n")
     return sidecar
 
@@ -201,7 +201,7 @@ def check_module(module: str) -> None:
         raise InputError(f"module must be {' or '.join(MODULES)}, got {module!r}")
 
 
-def _files(plan: Path, onnx_path: Path) -> dict[str, Any]:
+def files_of(plan: Path, onnx_path: Path) -> dict[str, Any]:
     """What the sidecar says of the plan and of the file that its weights come from."""
     return {
         "sha256": sha256_file(plan),
@@ -211,7 +211,7 @@ def _files(plan: Path, onnx_path: Path) -> dict[str, Any]:
     }
 
 
-def _precision(onnx_path: Path, options: EngineOptions) -> str | None:
+def precision_of(onnx_path: Path, options: EngineOptions) -> str | None:
     """What the engine is to be in.
 
     Raises:

@@ -10,22 +10,15 @@ import numpy as np
 
 from ..backends.base import Backend
 from ..latency.machine import Asked, Machine, Taken
+from .device import Device
 from .runner import spec_of, unpacked
 
 if TYPE_CHECKING:
     from .board import Board
 
 
-class RemoteBackend(Backend):
-    """A model on a board."""
-
-    def __init__(self, board: Board, key: int, facts: Mapping[str, Any]) -> None:
-        self._board, self._key = board, key
-        self._bound: list[int] = []
-        self.runtime, self.provider = facts["runtime"], facts["provider"]
-        self.inputs = tuple(spec_of(spec) for spec in facts["inputs"])
-        self.outputs = tuple(spec_of(spec) for spec in facts["outputs"])
-        self.machine = BoardMachine(board)
+class Elsewhere(Backend):
+    """A model on another machine; its device loads it."""
 
     @classmethod
     def load(
@@ -35,9 +28,33 @@ class RemoteBackend(Backend):
         threads: int | None = None,
         batch: int | None = None,
         options: Mapping[str, Any] | None = None,
-    ) -> RemoteBackend:
-        """A board loads its models itself."""
-        raise TypeError("see Board.load")
+    ) -> Elsewhere:
+        """A file alone does not say on which machine."""
+        raise TypeError("see Device.load")
+
+
+class DeviceMachine(Machine):
+    """Another machine as the protocol sees it: visits are made there, rounds are decided here."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__(waited_ms=None)
+        self._device = device
+
+    def fingerprint(self, runtime: str, provider: str, threads: int | None) -> dict[str, Any]:
+        """The device's."""
+        return self._device.fingerprint(runtime, provider, threads)
+
+
+class RemoteBackend(Elsewhere):
+    """A model on a board."""
+
+    def __init__(self, board: Board, key: int, facts: Mapping[str, Any]) -> None:
+        self._board, self._key = board, key
+        self._bound: list[int] = []
+        self.runtime, self.provider = facts["runtime"], facts["provider"]
+        self.inputs = tuple(spec_of(spec) for spec in facts["inputs"])
+        self.outputs = tuple(spec_of(spec) for spec in facts["outputs"])
+        self.machine = BoardMachine(board)
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """The first output; the images are sent unless the board has them."""
@@ -74,11 +91,11 @@ class RemoteRun:
         return float(self._board.ask("once", subject=self.key))
 
 
-class BoardMachine(Machine):
-    """A board as the protocol sees it: visits are made there, rounds are decided here."""
+class BoardMachine(DeviceMachine):
+    """A board with our runner."""
 
     def __init__(self, board: Board) -> None:
-        super().__init__(waited_ms=None)
+        super().__init__(board)
         self._board = board
 
     @property
@@ -94,7 +111,3 @@ class BoardMachine(Machine):
     def wait_for_quiet(self, limit_s: float) -> float:
         """Seconds waited until nothing else ran there."""
         return float(self._board.ask("quiet", limit_s=limit_s))
-
-    def fingerprint(self, runtime: str, provider: str, threads: int | None) -> dict[str, Any]:
-        """The board's."""
-        return self._board.fingerprint(runtime, provider, threads)

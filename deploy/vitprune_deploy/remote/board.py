@@ -220,18 +220,22 @@ class Board(Device):
         assert self._connection
         return posixpath.join(self._connection.home(), self._registered.folder)
 
+    @cached_property
+    def _runner(self) -> bytes:
+        """The program, put together once."""
+        return bundle()
+
     def _start(self) -> None:
         """Have the runner running, with everything loaded that was so before."""
         if self._talk is not None:
             return
         if self._connection is None:
             self._connection = Connection.open(self._registered.host)
-        file = bundle()
-        folder, program = self._folder, f"{self._folder}/{name_of(file)}"
+        folder, program = self._folder, f"{self._folder}/{name_of(self._runner)}"
         self._connection.run(f"mkdir -p {shlex.quote(folder)}", timeout_s=HELLO_S)
         if self._connection.run(f"test -e {shlex.quote(program)}", timeout_s=HELLO_S).code:
             local = Path(self._scratch.name) / "runner.pyz"
-            local.write_bytes(file)
+            local.write_bytes(self._runner)
             self._connection.send(local, program)
         command = shlex.join([self._registered.python, program, folder])
         self._talk = self._connection.start(f"exec {command}")

@@ -19,16 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import vitprune
 from vitprune.errors import InputError, MissingError
 
 from ..backends import _onnx_file
+from ..backends._trt_engine import files_of, precision_of
 from ..backends._trt_sidecar import read_sidecar, sidecar_path
 from ..backends.base import Backend, TensorSpec, number_format
 from ..files import sha256_file, write_atomic
-from ..latency.machine import REFERENCES, Asked, Machine, Taken
+from ..latency.machine import REFERENCES, Asked, Taken
 from ..processor import FLAGS
 from . import registry, trtexec
+from .backend import DeviceMachine, Elsewhere
 from .connection import Completed, Connection
 from .device import Device
 
@@ -126,13 +127,8 @@ class TrtexecBoard(Device):
         with plan.open("rb") as file:
             head = file.read(28)
         inputs, outputs = _specs(onnx)
-        found = trtexec.sidecar(log, head, inputs, outputs, options.profiles, _precision(onnx, options))
-        found |= {
-            "sha256": sha256_file(plan),
-            "size_bytes": plan.stat().st_size,
-            "onnx": {**_onnx_file.identity(onnx), "structure": _onnx_file.structure(onnx)},
-            "vitprune": vitprune.__version__,
-        }
+        found = trtexec.sidecar(log, head, inputs, outputs, options.profiles, precision_of(onnx, options))
+        found |= files_of(plan, onnx)
         write_atomic(sidecar_path(plan), json.dumps(found, indent=1) + "\n")
         return found
 
@@ -243,7 +239,7 @@ class TrtexecBoard(Device):
         return self._connection.run(command, timeout_s=timeout_s)
 
 
-class TrtexecBackend(Backend):
+class TrtexecBackend(Elsewhere):
     """A plan on such a board. Nothing stays loaded."""
 
     def __init__(self, board: TrtexecBoard, plan: str, sidecar: Mapping[str, Any], copies: bool) -> None:
@@ -254,18 +250,6 @@ class TrtexecBackend(Backend):
             for which in ("inputs", "outputs")
         )
         self.machine = TrtexecMachine(board)
-
-    @classmethod
-    def load(
-        cls,
-        path: Path,
-        *,
-        threads: int | None = None,
-        batch: int | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> TrtexecBackend:
-        """A board loads its plans itself."""
-        raise TypeError("see TrtexecBoard.load")
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """The first output, as trtexec writes it: with six digits."""
@@ -293,22 +277,14 @@ class TrtexecRun:
         return self.times_ms(1)[0]
 
 
-class TrtexecMachine(Machine):
+class TrtexecMachine(DeviceMachine):
     """Such a board as the protocol sees it: a visit is two processes."""
-
-    def __init__(self, board: TrtexecBoard) -> None:
-        super().__init__(waited_ms=None)
-        self._board = board
 
     def take(self, subject: Any, reference: Any, asked: Asked) -> Taken:
         """One visit; trtexec warms up by itself, and cannot tell whether another process ran."""
         runs = subject.run.times_ms(asked.samples * asked.repeats) if asked.samples else []
         means = np.reshape(runs, (-1, asked.repeats)).mean(axis=1).tolist()
         return Taken(means, 0, reference.run.times_ms(REFERENCES), 0)
-
-    def fingerprint(self, runtime: str, provider: str, threads: int | None) -> dict[str, Any]:
-        """The board's."""
-        return self._board.fingerprint(runtime, provider, threads)
 
 
 def _specs(onnx: Path) -> list[list[TensorSpec]]:
@@ -317,7 +293,3 @@ def _specs(onnx: Path) -> list[list[TensorSpec]]:
 
     with OnnxRuntime.load(onnx) as model:
         return [list(model.inputs), list(model.outputs)]
-
-
-def _precision(onnx: Path, options: EngineOptions) -> str | None:
-    return options.precision or _onnx_file.metadata(onnx).get("precision")

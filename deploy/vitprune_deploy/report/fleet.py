@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..artifact import Manifest
+from .page import templates
 from .words import UNKNOWN, ms, percent
 
 HEAD = ("device", "verdict", "dense", "pruned", "budget", "times as fast", "top-1", "report")
@@ -43,14 +44,9 @@ def fleet_page(boards: Sequence[Board]) -> str:
     Raises:
         ModuleNotFoundError: jinja2 is not installed; it comes with the extra ``prune``.
     """
-    import jinja2
-
-    page = jinja2.Environment(
-        loader=jinja2.PackageLoader("vitprune_deploy", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     reasons = {board.name: _reasons(board) for board in boards if _reasons(board)}
     rows = [(board.name, fleet_row(board)) for board in boards]
-    return page.get_template("fleet.html.j2").render(head=HEAD, rows=rows, reasons=reasons) + "\n"
+    return str(templates().get_template("fleet.html.j2").render(head=HEAD, rows=rows, reasons=reasons)) + "\n"
 
 
 def fleet_row(board: Board) -> list[str]:

@@ -21,14 +21,7 @@ def render(facts: Facts) -> str:
     Raises:
         ModuleNotFoundError: jinja2 is not installed; it comes with the extra ``prune``.
     """
-    import jinja2
-
-    page = jinja2.Environment(
-        loader=jinja2.PackageLoader("vitprune_deploy", "report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    page = templates()
     filters: dict[str, Any] = {
         "fallen": fallen, "percent": percent, "plain": plain, "worst_row": worst_row, "engine_row": engine_row,
         "check_row": check_row,
@@ -41,6 +34,14 @@ def render(facts: Facts) -> str:
         facts=facts, word=WORDS[facts.verdict.verdict], charts=charts, rows=comparison(facts), asked=asked(facts),
         accuracy=facts.accuracy or {}, search=facts.search or {}, fusion=fusion_rows(facts.fusion),
     ) + "\n"  # fmt: skip
+
+
+def templates() -> Any:
+    """The pages' templates; whatever text goes into them is escaped. Raises as ``render``."""
+    import jinja2
+
+    loader = jinja2.PackageLoader("vitprune_deploy", "report")
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 def asked(facts: Facts) -> list[str]:

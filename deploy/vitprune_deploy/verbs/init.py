@@ -14,7 +14,7 @@ from ..build.runtimes import on_host
 from ..console import Console
 from ..data.sources import open_source
 from ..files import write_atomic
-from ..processor import BF16_UNITS
+from ..processor import suits_openvino
 from ..profile import commented_yaml, list_profiles, load_profile
 from ..profile.checks import RTX_CAPABILITIES
 from ..profile.loading import X86_BF16, X86_CPU
@@ -187,7 +187,7 @@ def _facts(device: Device, speedup: float) -> dict[str, Any]:
             return {"extends": listed.name, **budget}
     if not here["gpus"]:
         if here["architecture"] in ("x86_64", "AMD64"):
-            halves = BF16_UNITS & set(here["flags"]) and device.has("openvino")
+            halves = suits_openvino(here["flags"], device.has("openvino"))
             return {"extends": X86_BF16 if halves else X86_CPU, **threads}
         return {"device": {"name": here["cpu"]}, **threads}
     gpu = here["gpus"][0]
