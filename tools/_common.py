@@ -14,9 +14,10 @@ from torch import nn
 
 from vitprune_deploy.build import judge, pipeline, runtimes
 from vitprune_deploy.build.bench import Bench
+from vitprune_deploy.build.make import served_dialect
 from vitprune_deploy.console import Console
 from vitprune_deploy.export.onnx import export_module, symbolic_axis
-from vitprune_deploy.export.precision import in_precision, opset_for
+from vitprune_deploy.export.precision import in_precision
 from vitprune_deploy.files import canonical_sha256, sha256_file
 from vitprune_deploy.latency.protocol import Measurement
 from vitprune_deploy.latency.wholes import measure_models
@@ -86,7 +87,7 @@ def export(model: nn.Module, path: Path, profile: Profile, image: Sequence[int])
         path,
         dynamic=[{0: axis} if axis else {}],
         names=(["images"], ["logits"]),
-        opset=opset_for(precision, profile.runtime.name),
+        **served_dialect(profile, precision),
     )
     return path
 

@@ -17,7 +17,8 @@ from vitprune.errors import InputError, NotSupported
 from vitprune.surgery import build
 from vitprune_deploy.export import onnx as export
 from vitprune_deploy.export.onnx import Axis, export_module, export_onnx, metadata_json
-from vitprune_deploy.export.precision import opset_for
+from vitprune_deploy.export.precision import opset_for, ort_attention
+from vitprune_deploy.latency.pieces import PieceFiles
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,32 @@ def test_attention_is_one_node_where_the_runtime_fuses_it():
     assert opset_for("fp16", "onnxruntime") == 20
     assert opset_for("bf16", "tensorrt-rtx") == opset_for("bf16", "tensorrt", "11.4.0.106") == 23
     assert opset_for("bf16", "tensorrt", "10.3.0") == opset_for("bf16", "onnxruntime") == 22  # a Conv in bf16
+
+
+def test_attention_is_onnx_runtimes_own_operator_where_that_was_faster():
+    assert ort_attention("fp16", "onnxruntime", "cuda")
+    assert ort_attention("fp16", "onnxruntime", "CUDAExecutionProvider")
+    assert not ort_attention("fp32", "onnxruntime", "cuda")
+    assert not ort_attention("fp16", "onnxruntime", "cpu")
+    assert not ort_attention("fp16", "tensorrt", "cuda")
+
+
+@pytest.mark.parametrize("method", [None, "evit", "psvit", "tome"])
+def test_onnx_runtimes_attention_answers_as_five_nodes_do(method, tmp_path):
+    model = tiny_vit(depth=3, **({"keep": {1: 30}, "reducer": method} if method else {}))
+    nodes = export_onnx(model, tmp_path / "m.onnx", ort_attention=True).nodes
+    masked = 1 if method == "tome" else 0  # tokens have sizes behind the block that merged them
+    assert nodes["com.microsoft:MultiHeadAttention"] == 3 - masked
+    assert nodes["Transpose"] <= 1 + 12 * bool(method)  # of the patches; the attention's cancel each other
+    x = images(3)
+    torch.testing.assert_close(run(tmp_path / "m.onnx", x), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_part_with_onnx_runtimes_attention_takes_any_count_of_tokens(tmp_path):
+    path = PieceFiles(tiny_vit(depth=1), tmp_path, 2, "fp32", "onnxruntime", ort_attention=True).attention(2)
+    assert [node.op_type for node in onnx.load(path).graph.node].count("MultiHeadAttention") == 1
+    for tokens in (50, 7):
+        assert run(path, torch.randn(2, tokens, 32)).shape == (2, tokens, 32)
 
 
 def test_half_a_block_exports_with_symbolic_tokens(tmp_path):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from tiny import images, tiny_vit
 
@@ -106,6 +109,31 @@ def test_a_device_that_is_not_here_and_a_damaged_file_are_a_sentence(exported, t
         OnnxRuntime.load(tmp_path / "cut.onnx", options=openvino("fp32"))
 
 
+def test_threads_go_where_the_plugin_looks_for_them():
+    given = plugins.precision_options("bf16")["load_config"]
+    assert json.loads(plugins._with_threads(given, "CPU", 2)) == {
+        "CPU": {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": "2"}
+    }
+    own = '{"CPU": {"INFERENCE_NUM_THREADS": "7"}}'
+    assert json.loads(plugins._with_threads(own, "CPU", 2)) == json.loads(own)
+    for wrong in ("no JSON", "[]", '{"CPU": 3}'):
+        with pytest.raises(InputError, match="load_config must be a JSON object"):
+            plugins._with_threads(wrong, "CPU", 2)
+
+
+@here
+def test_no_more_threads_work_than_were_asked_for(exported):
+    """Processor time of a run against its duration; on a machine with two processors or more."""
+    path, batch, _ = exported
+    many = np.repeat(batch, 200, axis=0)
+    with OnnxRuntime.load(path, threads=1, options=openvino("fp32")) as model:
+        model.run(many)
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(5):
+            model.run(many)
+        assert time.process_time() - cpu < 1.4 * (time.perf_counter() - wall)
+
+
 @pytest.mark.skipif(not why_not().startswith("OpenVINOExecutionProvider"), reason="OpenVINO runs here, or is not here")
 def test_a_processor_that_openvino_does_not_serve_is_a_sentence(exported):
     for _ in range(2):  # the library is loaded once
@@ -116,6 +144,7 @@ def test_a_processor_that_openvino_does_not_serve_is_a_sentence(exported):
 @pytest.mark.parametrize("provider", ["openvino", "tensorrt-rtx"])
 def test_a_package_that_is_missing_is_named(exported, provider, monkeypatch):
     monkeypatch.setattr(plugins, "find_spec", lambda name: None)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])  # one stays loaded
     package = plugins.PLUGINS[backend.PROVIDERS[provider]].distribution
     with pytest.raises(MissingError, match=f"pip install {package}"):
         OnnxRuntime.load(exported[0], options={"provider": provider})

@@ -19,7 +19,8 @@ def test_a_whole_build_for_the_gpu(profile_path, tmp_path):
         pytest.skip("this onnxruntime was built without CUDA")
     profile = load_profile(profile_path, ["runtime.provider=cuda"])
     manifest = build(profile, tmp_path / "out", Console(quiet=True))
-    assert all("latency" in reason or "budget" in reason for reason in manifest.reasons)
+    # so small a model is all calls, whose times jump: what is missed may only be time
+    assert manifest.verdict != "fail" or all("latency" in reason for reason in manifest.reasons), manifest.reasons
     assert manifest.device["provider"] == "cuda"
     with load(tmp_path / "out") as model:
         assert model.predict(np.zeros((2, 32, 32, 3), np.uint8)).logits.shape == (2, 3)

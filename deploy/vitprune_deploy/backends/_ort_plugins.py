@@ -43,14 +43,15 @@ def add(session_options: Any, provider: str, options: Mapping[str, Any], threads
         threads: processor threads that work on one batch.
 
     Raises:
-        InputError: OpenVINO has no such device here.
+        InputError: OpenVINO has no such device here, or its load_config is no JSON object.
         MissingError: as ``devices``.
     """
     found, given = devices(provider), {name: _text(value) for name, value in options.items()}
     if provider == OPENVINO:
-        found = _of_type(found, given.pop("device_type", "CPU"))
+        device = given.pop("device_type", "CPU")
+        found = _of_type(found, device)
         if threads is not None:
-            given.setdefault("num_of_threads", str(threads))
+            given["load_config"] = _with_threads(given.get("load_config", "{}"), device, threads)
     session_options.add_provider_for_devices(list(found[:1]), given)
 
 
@@ -90,6 +91,19 @@ def _register(provider: str) -> None:
 def precision_options(precision: str, device: str = "CPU") -> dict[str, str]:
     """Options with which OpenVINO computes in ``precision``, whatever it would choose."""
     return {"load_config": json.dumps({device: {"INFERENCE_PRECISION_HINT": HINTS[precision]}})}
+
+
+def _with_threads(load_config: str, device: str, threads: int) -> str:
+    """OpenVINO's configuration with a number of threads, unless it has one: the plugin passes num_of_threads over."""
+    try:
+        config = json.loads(load_config)
+        of_device = config.setdefault(device, {})
+        of_device.setdefault("INFERENCE_NUM_THREADS", str(threads))
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            f"runtime.options: load_config must be a JSON object of devices and their settings, got {load_config!r}"
+        ) from error
+    return json.dumps(config)
 
 
 def _of_type(found: tuple[Any, ...], wanted: str) -> tuple[Any, ...]:

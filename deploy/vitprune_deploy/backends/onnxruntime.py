@@ -15,7 +15,7 @@ import io
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -279,7 +279,9 @@ def _open(path: Path, options: Any, provider: str, provider_options: dict[str, A
         _ort_plugins.add(options, provider, provider_options, threads)
     missing = _load_cuda() if provider in CUDA else ""
     try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
+        with redirect_stdout(io.StringIO()) if provider != PROVIDERS["cpu"] else nullcontext():
+            # where a provider does not start, it prints that it takes another one, and ours is a program's output
+            session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # its exceptions share no base but Exception
         raise _explain(path, provider, error) from error
     if session.get_providers()[0] != provider:

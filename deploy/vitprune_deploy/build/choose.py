@@ -16,7 +16,7 @@ from ..remote.watch import watched
 from . import runtimes, several
 from .bench import RANKINGS, Bench, write_json
 from .contest import Contest, Entry, losses_file, target
-from .make import served_opset, served_sizes
+from .make import served_dialect, served_sizes
 from .sizes import sizes
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def table_request(bench: Bench) -> Request:
         runtime=profile.runtime.name,
         precision=profile.runtime.precision,
         told=profile.tells_precision,
+        ort_attention=served_dialect(profile, profile.graph_precision)["ort_attention"],
         seed=profile.seed,
         **({} if limit is None else {"seconds": limit}),
     )
@@ -230,7 +231,7 @@ def measure_counts(bench: Bench, plans: list[Counts], method: TokenMethod | None
             folder / f"{name}.onnx",
             **served_sizes(profile, bench.dense.config.image_size),
             precision=profile.graph_precision,
-            opset=served_opset(profile, profile.graph_precision),
+            **served_dialect(profile, profile.graph_precision),
             islands=bench.islands(bench.dense, profile.graph_precision),
         )
     limit = profile.measure.max_seconds

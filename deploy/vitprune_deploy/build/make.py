@@ -216,7 +216,7 @@ def _export(bench: Bench, model: Vit, path: Path, precision: str, islands: Seque
         path,
         **served_sizes(profile, config.image_size),
         precision=precision,
-        opset=served_opset(profile, precision),
+        **served_dialect(profile, precision),
         metadata=metadata_json(
             base_model=profile.model.name,
             preprocess=bench.preprocess.to_dict(),
@@ -231,12 +231,15 @@ def _export(bench: Bench, model: Vit, path: Path, precision: str, islands: Seque
     return asdict(info)
 
 
-def served_opset(profile: Profile, precision: str) -> int:
-    """The opset of what is shipped in ``precision``."""
-    from ..export.precision import opset_for
+def served_dialect(profile: Profile, precision: str) -> dict[str, Any]:
+    """The operators of what is shipped in ``precision``, as arguments of ``export_onnx``."""
+    from ..export.precision import opset_for, ort_attention
 
-    asked = profile.export.opset
-    return opset_for(precision, profile.runtime.name) if asked == "auto" else asked
+    asked, runtime = profile.export.opset, profile.runtime
+    return {
+        "opset": opset_for(precision, runtime.name) if asked == "auto" else asked,
+        "ort_attention": asked == "auto" and ort_attention(precision, runtime.name, runtime.provider),
+    }
 
 
 def served_sizes(profile: Profile, image_size: tuple[int, int]) -> dict[str, Any]:

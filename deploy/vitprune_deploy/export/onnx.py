@@ -1,8 +1,8 @@
 """torch modules as ONNX files with symbolic shapes, checked for what the exporter gets wrong in silence.
 
-Two things differ from a plain ``torch.onnx.export(dynamo=True)``: attention is written as five nodes instead of
-fifteen (the library's translation transposes the keys by way of three dimensions and scales both q and k), and
-what names files of this machine (stack traces of every node) is left out, so that the same model gives the same bytes.
+Two things differ from a plain ``torch.onnx.export(dynamo=True)``: attention is written in fewer nodes (see
+``attention.py``), and what names files of this machine (stack traces of every node) is left out, so that the same model
+gives the same bytes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from vitprune import __version__
 from vitprune.errors import InputError, NotSupported
 
 from ..files import TEMPORARY, flush, sha256_file, writing
+from .attention import translations
 from .islands import Island
 from .precision import in_precision, opset_for
 
@@ -95,6 +96,7 @@ def export_onnx(
     metadata: Mapping[str, str] | None = None,
     names: tuple[str, str] = ("images", "logits"),
     islands: Sequence[Island] = (),
+    ort_attention: bool = False,
 ) -> ExportInfo:
     """Write a ``Vit`` as ONNX: ``images`` [batch, channels, height, width] fp32 to ``logits`` [batch, classes] fp32.
 
@@ -107,6 +109,7 @@ def export_onnx(
         metadata: strings for the file's metadata_props, their keys without the prefix ``vitprune.``.
         names: of the input and the output.
         islands: operations that stay in fp32 whatever the precision; see ``islands.find_islands``.
+        ort_attention: see ``precision.ort_attention``.
 
     Raises:
         InputError: a range is empty or is not made of whole patches, or the precision is unknown.
@@ -130,6 +133,7 @@ def export_onnx(
         names=([names[0]], [names[1]]),
         opset=opset or opset_for(precision),
         metadata={"precision": precision, **(metadata or {})},
+        ort_attention=ort_attention,
     )
 
 
@@ -142,6 +146,7 @@ def export_module(
     names: tuple[Sequence[str], Sequence[str]],
     opset: int = 20,
     metadata: Mapping[str, str] | None = None,
+    ort_attention: bool = False,
 ) -> ExportInfo:
     """Write any module as ONNX.
 
@@ -150,12 +155,13 @@ def export_module(
         dynamic: for each input, its symbolic axes; the same name is the same size. An axis named ``batch`` must be
             the first of every output too.
         names: of the inputs and of the outputs.
+        ort_attention: see ``precision.ort_attention``.
 
     Raises:
         NotSupported: the module cannot be exported, the graph has a node that the runtimes refuse, or an axis did
             not stay symbolic.
     """
-    program = _trace(module, tuple(inputs), dynamic, names, opset)
+    program = _trace(module, tuple(inputs), dynamic, names, opset, translations(opset, ort_attention))
     graph = program.graph
     _refuse_forbidden(graph)
     requested = {name: dict(axes) for name, axes in zip(names[0], dynamic, strict=True) if axes}
@@ -195,6 +201,7 @@ def _trace(
     dynamic: Sequence[Mapping[int, Axis]],
     names: tuple[Sequence[str], Sequence[str]],
     opset: int,
+    table: Mapping[Callable[..., Any], Callable[..., Any]],
 ) -> Any:
     """The module as an ``onnx_ir.Model``."""
     dims: dict[str, Any] = {}
@@ -210,7 +217,7 @@ def _trace(
                 input_names=list(names[0]),
                 output_names=list(names[1]),
                 opset_version=opset,
-                custom_translation_table=_translations(opset),
+                custom_translation_table=dict(table),
                 verbose=False,
             )
     except Exception as error:  # the exporter wraps whatever it meets into errors of several libraries
@@ -239,36 +246,6 @@ class _Positional(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.module(*inputs)
-
-
-def _translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """How attention is written: one node where the opset has it and there is no mask, otherwise five.
-
-    As one node, a mask of one row would have to be repeated for each query in ONNX Runtime, though not in TensorRT;
-    and TensorRT-RTX refuses an fp32 mask beside fp16 queries, which the library's own translation leaves.
-    """
-    from onnxscript import opset20, opset23
-
-    def attention(
-        query: Any,
-        key: Any,
-        value: Any,
-        attn_mask: Any = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Any:
-        factor: Any = query.shape[-1] ** -0.5 if scale is None else scale
-        op: Any = opset20 if opset < 23 else opset23
-        if opset >= 23 and attn_mask is None:
-            return op.Attention(query, key, value, scale=factor)[0]
-        logits = op.MatMul(op.Mul(query, op.CastLike(factor, query)), op.Transpose(key, perm=[0, 1, 3, 2]))
-        if attn_mask is not None:
-            logits = op.Add(logits, op.CastLike(attn_mask, query))
-        return op.MatMul(op.Softmax(logits, axis=-1), value)
-
-    return {torch.ops.aten.scaled_dot_product_attention.default: attention}
 
 
 def _refuse_forbidden(graph: Any) -> None:

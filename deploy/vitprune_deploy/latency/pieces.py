@@ -36,17 +36,20 @@ class PieceFiles:
         batch: images of one call; fixed, since a symbolic one makes exporting slower.
         precision: fp32, fp16 or bf16; parts take and give tokens in it, as they do inside a model.
         runtime: what will run them; decides the opset.
+        ort_attention: see ``precision.ort_attention``.
 
     Raises:
         NotSupported: the blocks of the model differ, or reduce tokens already.
     """
 
-    def __init__(self, model: Vit, folder: Path, batch: int, precision: str, runtime: str) -> None:
+    def __init__(
+        self, model: Vit, folder: Path, batch: int, precision: str, runtime: str, *, ort_attention: bool = False
+    ) -> None:
         self.block = only_block(model.config)
         self._model, self._folder, self._batch = model, folder, batch
         self._kind: type[Block] = type(model.blocks[0])  # type: ignore[assignment]
         self._dtype = DTYPES[precision]
-        self._opset = opset_for(precision, runtime)
+        self._opset, self._ort_attention = opset_for(precision, runtime), ort_attention
 
     def attention(
         self,
@@ -133,6 +136,7 @@ class PieceFiles:
             dynamic=[axes for _, axes in inputs.values()],
             names=(list(inputs), ["y"]),
             opset=self._opset,
+            ort_attention=self._ort_attention,
         )
         return path
 

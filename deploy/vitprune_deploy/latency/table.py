@@ -45,6 +45,7 @@ class Request:
         methods: token methods whose reductions are measured; whole models use the first.
         runtime, precision: as a profile names them.
         told: the runtime is told the precision beside graphs in fp32.
+        ort_attention: attention is ONNX Runtime's own operator; see ``precision.ort_attention``.
         seconds: time to finish in, exporting included; with less, figures get wider intervals.
         seed: draws random plans and the order of visits.
     """
@@ -58,6 +59,7 @@ class Request:
     runtime: str = "onnxruntime"
     precision: str = "fp32"
     told: bool = False
+    ort_attention: bool = False
     seconds: float = 240.0
     seed: int = 0
 
@@ -128,7 +130,7 @@ def measure_table(
     end = time.monotonic() + request.seconds
     levels = make_levels(model.config, request)
     work = work / f"{shape_key(model.config)[:12]}-{request.precision}-batch{request.batch}"
-    files = PieceFiles(model, work, request.batch, request.graph_precision, request.runtime)
+    files = _piece_files(model, work, request.batch, request)
     parts = _parts(levels, request)
     paths = _export_parts(files, parts, _phase(progress, 0, 300))
     plans = _anchors(levels, len(model.config.blocks), request)
@@ -360,10 +362,17 @@ def _export_wholes(
             batch=request.batch,
             precision=request.graph_precision,
             opset=opset_for(request.graph_precision, request.runtime),
+            ort_attention=request.ort_attention,
         )
         if progress:
             progress(number + 1, len(plans), f"export {name}")
     return paths
+
+
+def _piece_files(model: Vit, folder: Path, batch: int, request: Request) -> PieceFiles:
+    return PieceFiles(
+        model, folder, batch, request.graph_precision, request.runtime, ort_attention=request.ort_attention
+    )
 
 
 def _reference(
@@ -372,7 +381,7 @@ def _reference(
     """A whole block as the reference of all, on one image where a batch takes long; and what runs it where."""
     sizes = {"tokens": levels.prefix + levels.tokens[0]}
     for batch in dict.fromkeys([request.batch, 1]):
-        files = PieceFiles(model, work / f"reference{batch}", batch, request.graph_precision, request.runtime)
+        files = _piece_files(model, work / f"reference{batch}", batch, request)
         path = files.whole_block()
         reference = subject("reference", path, load, sizes)
         if min(reference.run() for _ in range(3)) <= LONG_MS:

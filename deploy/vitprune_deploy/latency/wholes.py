@@ -6,7 +6,7 @@ Latency does not depend on the values of weights, so a model of the right shapes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from vitprune.search.latency import Levels
 from vitprune.surgery import prune
 
 from ..backends.base import Backend, number_format
-from ..export.islands import Island
 from ..export.onnx import export_onnx
 from .pieces import KEEP, TOKENS
 from .protocol import ANCHOR_HALF_WIDTH, Measurement, Progress, measure
@@ -94,19 +93,10 @@ def slim(model: Vit, counts: Counts, method: TokenMethod | None) -> Vit:
     return prune(model, Plan(fingerprint(model), model.config.patches, method.name if method else None, tuple(kept)))
 
 
-def export_whole(
-    model: Vit,
-    path: Path,
-    *,
-    batch: int | tuple[int, int],
-    image_size: Any = None,
-    precision: str = "fp32",
-    opset: int | None = None,
-    islands: Sequence[Island] = (),
-) -> Path:
+def export_whole(model: Vit, path: Path, **how: Any) -> Path:
     """The model as ``path``, as ``export_onnx`` takes all this; a file that is there already is taken for it."""
     if not path.is_file():
-        export_onnx(model, path, batch=batch, image_size=image_size, precision=precision, opset=opset, islands=islands)
+        export_onnx(model, path, **how)
     return path
 
 
