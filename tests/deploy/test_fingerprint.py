@@ -44,6 +44,7 @@ def test_a_device_is_itself(device):
         ("cores", 4),
         ("flags", ["avx2"]),
         ("gpus", []),
+        ("power_mode", "15W"),
         ("runtime", "tensorrt"),
         ("provider", "cuda"),
         ("threads", 1),
@@ -89,6 +90,15 @@ def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     (gpu,) = device_fingerprint("onnxruntime 1.31.1")["gpus"]
     assert gpu == {"name": "NVIDIA L4", "compute_capability": "8.9", "memory_mb": "23034", "driver": "550.54"}
+
+
+def test_a_jetsons_power_mode_is_asked_of_nvpmodel(tmp_path, monkeypatch):
+    assert device_fingerprint("onnxruntime 1.31.1")["power_mode"] is None
+    program = tmp_path / "nvpmodel"
+    program.write_text('#!/bin/sh\necho "NV Power Mode: MAXN"\necho 0\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert device_fingerprint("onnxruntime 1.31.1")["power_mode"] == "MAXN"
 
 
 def test_the_state_of_the_machine_is_plain_data_apart_from_its_identity():

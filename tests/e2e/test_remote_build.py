@@ -11,7 +11,11 @@ import pytest
 from sshd import logged_in_from, serving
 
 from vitprune_deploy.artifact import verify
+from vitprune_deploy.build import fleet
+from vitprune_deploy.build.side_by_side import boards_of
 from vitprune_deploy.cli import main
+from vitprune_deploy.console import Console
+from vitprune_deploy.profile import load_fleet
 from vitprune_deploy.remote import board, registry
 from vitprune_deploy.runtime import load
 
@@ -81,6 +85,33 @@ def test_a_build_goes_on_over_connections_that_are_cut(profile_path, tmp_path, h
     assert cuts
     assert found["pruned"]["latency_ms"]["samples"] >= 40
     verify(tmp_path / "out")
+
+
+def test_several_boards_are_measured_side_by_side_and_checked_in_one_go(profile_path, tmp_path, server, here, capsys):
+    for name in ("second", "third"):  # the third is no board: its Python is not there
+        python = sys.executable if name == "second" else "/nowhere/python3"
+        registry.add(registry.Device(name, here.host, python, str(tmp_path / name)))
+    listed = {"a": {"host": "here"}, "b": {"host": "second"}, "c": {"host": "third"}, "d": {"host": "second"}}
+    profile_path.write_text(f"{profile_path.read_text()}devices: {json.dumps(listed)}\n")
+    overrides = [one.removeprefix("--set=") for one in FEW]
+    profiles = load_fleet(profile_path, overrides, files_exist=True)
+    boards = boards_of(profiles)
+    assert list(boards) == ["a", "b", "c"]
+    fleet._measure_boards(profiles, tmp_path / "out", Console())
+    said = capsys.readouterr().err
+    measured = [name for name in boards if list((tmp_path / "out" / name / ".work").glob("measure-*/stage.json"))]
+    assert measured == ["a", "b"]
+    assert "device a: [4/4] measure" in said
+    assert "device b: [4/4] measure" in said
+
+    assert main(["check", str(profile_path), "--json", *FEW]) == 3
+    found = json.loads(capsys.readouterr().out)["devices"]
+    assert {name: bool(one["problems"]) for name, one in found.items()} == {
+        "a": False,
+        "b": False,
+        "c": True,
+        "d": False,
+    }
 
 
 def test_what_stands_in_the_way_on_the_board_is_found_before_work_begins(profile_path, tmp_path, here, capsys):

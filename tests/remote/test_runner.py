@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vitprune_deploy import backends, latency, remote
 from vitprune_deploy.latency.machine import Asked, Taken
 from vitprune_deploy.remote import runner as program
 from vitprune_deploy.remote.bundle import bundle, name_of
@@ -201,3 +203,14 @@ def test_a_runner_that_nobody_asks_lets_the_board_go(tmp_path, monkeypatch):
         assert program._next_line(stream, served) == b'{"do": "state"}\n'
         served._lock.take()
         assert program._next_line(stream, served) == b""
+
+
+def test_no_clock_that_can_be_set_measures_or_limits_anything():
+    """A board without a battery jumps by years when it hears of the time: durations come from the monotonic clock."""
+    sources = [Path(file.__file__).parent for file in (latency, remote, backends)]
+    for path in (one for folder in sources for one in folder.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) not in {("time", "time"), ("time", "time_ns"), ("datetime", "now")}, (
+                    path
+                )

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vitprune_deploy.remote._jetson import read_jetson_clocks, read_power_mode, read_tegrastats
+from vitprune_deploy.latency.fingerprint import read_power_mode
+from vitprune_deploy.remote._jetson import read_jetson_clocks, read_tegrastats
 from vitprune_deploy.remote.state import Clock, State, changed, read_state, summary, throttled
 
 RECORDED = Path(__file__).parent / "recorded"

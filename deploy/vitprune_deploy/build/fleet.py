@@ -15,9 +15,11 @@ from ..console import Console
 from ..files import atomic_folder, write_atomic
 from ..profile import Profile
 from ..report.fleet import Board, fleet_dict, fleet_page
+from ..stages import Stages
 from . import build
 from .bench import write_json
 from .pipeline import WORK, run
+from .side_by_side import boards_of, measure_side_by_side
 
 
 def build_fleet(profiles: Mapping[str, Profile], out: Path, console: Console, *, fresh: bool = False) -> list[Board]:
@@ -26,12 +28,16 @@ def build_fleet(profiles: Mapping[str, Profile], out: Path, console: Console, *,
     With ``search.one_plan`` all get the plan that the slowest of them, against its own budget, decides.
 
     Raises:
-        VitpruneError: with one plan: one of the devices cannot be measured, or the plan is not found.
+        VitpruneError: with one plan: one of the devices cannot be measured, or the plan is not found. Else: what all
+            devices share is wrong.
     """
+    if fresh:
+        _forget(profiles, out)
+    _measure_boards(profiles, out, console)
     if next(iter(profiles.values())).search.one_plan:
-        builds = _with_one_plan(profiles, out, console, fresh)
+        builds = _with_one_plan(profiles, out, console)
     else:
-        builds = {name: partial(build, one, out / name, console, fresh=fresh) for name, one in profiles.items()}
+        builds = {name: partial(build, one, out / name, console) for name, one in profiles.items()}
     found = []
     for name, profile in profiles.items():
         console.say(f"device {name}")
@@ -48,15 +54,34 @@ def build_fleet(profiles: Mapping[str, Profile], out: Path, console: Console, *,
     return found
 
 
+def _forget(profiles: Mapping[str, Profile], out: Path) -> None:
+    for name in profiles:
+        with Stages(out / name / WORK) as stages:
+            stages.forget()
+
+
+def _measure_boards(profiles: Mapping[str, Profile], out: Path, console: Console) -> None:
+    """Measure the boards side by side, where there are several."""
+    boards = boards_of(profiles)
+    if len(boards) < 2:
+        return
+    first = next(iter(boards))
+    run(profiles[first], out / first, console, until="methods")
+    for name in boards:
+        _adopt(out, name, profiles)
+    console.say(f"devices {', '.join(boards)}: latency tables, side by side")
+    measure_side_by_side(boards, out, console)
+
+
 def _with_one_plan(
-    profiles: Mapping[str, Profile], out: Path, console: Console, fresh: bool
+    profiles: Mapping[str, Profile], out: Path, console: Console
 ) -> Mapping[str, Callable[[], Manifest]]:
     """Measure all devices, search with the first, and say how each is built from there."""
     measured = {}
     for name, profile in profiles.items():
         console.say(f"device {name}: latency table")
         _adopt(out, name, profiles)
-        measured[name] = run(profile, out / name, console, until="losses", fresh=fresh)
+        measured[name] = run(profile, out / name, console, until="losses")
     first, *rest = profiles
     others = [measured[name] for name in rest]
     console.say(f"device {first}: the plan for all")

@@ -3,7 +3,8 @@
 ``compare`` sorts the differences between two fingerprints:
 
 refuse: processor model, architecture, cores that may be used, instruction sets that matrix products use, names and
-    compute capabilities of the GPUs, runtime, execution provider, threads. Each of these changes the figures.
+    compute capabilities of the GPUs, a Jetson's power mode, runtime, execution provider, threads. Each of these changes
+    the figures.
 warn: version of the runtime or of the GPU driver, operating system, memory (by more than a tenth). These may change
     them; a cache of our own measures again for a new version of the runtime (``identity``).
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -22,7 +24,7 @@ from typing import Any
 
 from ..processor import instruction_sets
 
-REFUSED = ("cpu", "architecture", "cores", "flags", "gpus", "runtime", "provider", "threads")
+REFUSED = ("cpu", "architecture", "cores", "flags", "gpus", "power_mode", "runtime", "provider", "threads")
 GPU_FIELDS = {
     "name": "name",
     "compute_capability": "compute_cap",
@@ -31,6 +33,9 @@ GPU_FIELDS = {
 }
 GPU_STATE = {"graphics_mhz": "clocks.gr", "memory_mhz": "clocks.mem", "celsius": "temperature.gpu",
              "watts": "power.draw", "power_limit_watts": "power.limit"}  # fmt: skip
+
+# 'NV Power Mode: MODE_15W_DESKTOP', and its number on the next line; lines about fans and errors may stand around them
+POWER_MODE = re.compile(r"NV Power Mode:[ \t]*(?P<name>\S.*?)[ \t]*(?:\n[ \t]*(?P<number>\d+)[ \t]*)?(?:\n|$)")
 
 
 def device_fingerprint(runtime: str, provider: str = "cpu", threads: int | None = None) -> dict[str, Any]:
@@ -50,6 +55,7 @@ def device_fingerprint(runtime: str, provider: str = "cpu", threads: int | None 
         "memory_mb": _memory_mb(),
         "os": f"{platform.system()} {platform.release()}",
         "gpus": _nvidia_smi(GPU_FIELDS),
+        "power_mode": read_power_mode(_said("nvpmodel", "-q"))[0],
         "runtime": name,
         "runtime_version": version,
         "provider": provider,
@@ -88,6 +94,15 @@ def machine_state() -> dict[str, Any]:
         state["cpu_pressure_percent"] = float(pressure.split()[1].partition("=")[2])
     gpus = _nvidia_smi(GPU_STATE)
     return {**state, **({"gpus": gpus} if gpus else {})}
+
+
+def read_power_mode(text: str) -> tuple[str | None, int | None]:
+    """Name and number of the power mode in the answer of a Jetson's ``nvpmodel -q``."""
+    found = POWER_MODE.search(text)
+    if found is None:
+        return None, None
+    number = found["number"]
+    return found["name"], None if number is None else int(number)
 
 
 def _refusing(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,16 +150,20 @@ def _memory_mb() -> int | None:
 
 def _nvidia_smi(fields: Mapping[str, str]) -> list[dict[str, str]]:
     """The ``fields`` of each NVIDIA GPU; empty where there is none, or no nvidia-smi."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return []
-    query = [command, f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
+    answer = _said("nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader,nounits")
     rows = [[value.strip() for value in line.split(",")] for line in answer.splitlines() if line.strip()]
     return [dict(zip(fields, row)) for row in rows if len(row) == len(fields)]
+
+
+def _said(tool: str, *arguments: str) -> str:
+    """What a tool prints; nothing where it is not there or fails."""
+    command = shutil.which(tool)
+    if command is None:
+        return ""
+    try:
+        return subprocess.run([command, *arguments], capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def _text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What Jetson's own tools print, as plain numbers: nvpmodel, jetson_clocks and tegrastats of JetPack 3 to 7.
+"""What Jetson's own tools print, as plain numbers: jetson_clocks and tegrastats of JetPack 3 to 7.
 
 The forms differ by board and release, and none of the tools has a form for machines. Recorded outputs of all that are
 told apart here are in ``tests/remote/recorded``. Clocks are dicts with the fields of ``state.Clock``, those that a text
@@ -10,8 +10,6 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-# 'NV Power Mode: MODE_15W_DESKTOP', and its number on the next line; lines about fans and errors may stand around them
-POWER_MODE = re.compile(r"NV Power Mode:[ \t]*(?P<name>\S.*?)[ \t]*(?:\n[ \t]*(?P<number>\d+)[ \t]*)?(?:\n|$)")
 # 'Gonvernor' is how JetPack 3 spells it; JetPack 7 leaves out Online; Thor's GPU is gpu-gpc-0
 CLOCK_LINE = re.compile(
     r"^\s*(?P<name>cpu\d+|GPU|gpu-gpc-\d+|EMC)\b:?\s+(?P<rest>.*?)MinFreq=(?P<least>\d+) MaxFreq=(?P<most>\d+) "
@@ -40,15 +38,6 @@ class Tegrastats(NamedTuple):
     memory: dict[str, Any]
     celsius: dict[str, float]  # by sensor
     watts: dict[str, float]  # by rail
-
-
-def read_power_mode(text: str) -> tuple[str | None, int | None]:
-    """Name and number of the power mode in the answer of ``nvpmodel -q``."""
-    found = POWER_MODE.search(text)
-    if found is None:
-        return None, None
-    number = found["number"]
-    return found["name"], None if number is None else int(number)
 
 
 def read_jetson_clocks(text: str) -> tuple[dict[str, dict[str, Any]], bool | None]:

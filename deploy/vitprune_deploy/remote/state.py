@@ -31,8 +31,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..latency.fingerprint import read_power_mode
 from . import _readings as readings
-from ._jetson import read_jetson_clocks, read_power_mode, read_tegrastats
+from ._jetson import read_jetson_clocks, read_tegrastats
 
 # devices that cool by holding clocks down; others are fans, alerts that are no more than that, chargers, displays
 SLOWING = re.compile(r"throttle-alert$|cpufreq|devfreq|balanced|^Processor$|powerclamp")

@@ -26,6 +26,7 @@ from ..backends._trt_engine import files_of, precision_of
 from ..backends._trt_sidecar import read_sidecar, sidecar_path
 from ..backends.base import Backend, TensorSpec, number_format
 from ..files import sha256_file, write_atomic
+from ..latency.fingerprint import read_power_mode
 from ..latency.machine import REFERENCES, Asked, Taken
 from ..processor import FLAGS
 from . import registry, trtexec
@@ -222,6 +223,7 @@ class TrtexecBoard(Device):
             "memory_mb": int(said.get("memory_kb") or 0) * 1024 // 10**6,
             "os": said["os"],
             "gpus": [],
+            "power_mode": read_power_mode(self._run("nvpmodel -q").stdout)[0],
         }
 
     def _put(self, path: Path) -> str:

@@ -16,9 +16,9 @@ from ..backends import onnxruntime as ort_backend
 from ..backends.tensorrt import capabilities
 from ..console import Console
 from ..data import open_split
-from ..profile import Profile
+from ..profile import Profile, load_fleet
 from .answer import Answer, table
-from .building import open_profile
+from .building import OUT
 from .doctor import EXTRAS, is_installed, try_loading, try_openvino, try_provider
 from .estimate import duration, estimate
 
@@ -49,10 +49,25 @@ class Problems:
 def check(console: Console, name: str, overrides: Sequence[str], out: Path | None) -> Answer:
     """What stands in the way of a build, and if nothing does, what it will take; code 2 or 3 for problems.
 
+    Of a profile for several devices, all are looked at, and code 2 goes before 3.
+
     Raises:
         InputError: the profile itself is wrong; one line for each problem.
     """
-    profile, out = open_profile(name, overrides, out)
+    profiles = load_fleet(name, overrides, files_exist=True)
+    first = next(iter(profiles.values()))
+    out = out or OUT / first.name
+    if list(profiles) == [first.name]:
+        return _check_one(console, first, out)
+    found = {device: _check_one(console, profile, out / device) for device, profile in profiles.items()}
+    text = "\n\n".join(f"device {device}:\n{answer.text}" for device, answer in found.items())
+    codes = {answer.code for answer in found.values()}
+    data = {"folder": str(out), "devices": {device: answer.data for device, answer in found.items()}}
+    return Answer(text, data, 2 if 2 in codes else max(codes))
+
+
+def _check_one(console: Console, profile: Profile, out: Path) -> Answer:
+    """The same for one device."""
     problems, facts = Problems(), {}
     able = problems.during(_check_packages)
     engines = _tensorrt_modules(profile)
