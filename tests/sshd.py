@@ -35,9 +35,9 @@ PrintMotd no
 SFTP = "Subsystem sftp internal-sftp"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Server:
-    """An sshd. ``folder`` holds its host key, and the one user key that it accepts."""
+    """An sshd. ``folder`` holds its host key, its settings, and the one user key that it accepts."""
 
     folder: Path
     port: int
@@ -72,6 +72,18 @@ class Server:
         config.mkdir()
         (config / "known_hosts").write_text(self.known_host)
         return {"HOME": str(home), "VITPRUNE_CONFIG_DIR": str(config)}
+
+    def restart(self, down_s: float) -> None:
+        """Be gone with all connections for a while, as a board that is rebooted."""
+        self.stop()
+        time.sleep(down_s)
+        self.process = started(self.folder)
+        wait_for_port(self)
+
+    def stop(self) -> None:
+        self.kill_connections()
+        self.process.terminate()
+        self.process.wait(10)
 
     def kill_connections(self, number: int = signal.SIGKILL) -> None:
         """Kill the processes that serve connections, as a cut does; what was started through them lives on."""
@@ -133,10 +145,19 @@ def make_key(path: Path, *, passphrase: str = "") -> None:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", passphrase, "-C", "", "-f", path], check=True)
 
 
+def started(folder: Path) -> subprocess.Popen:
+    with (folder / "log").open("a") as log:
+        return subprocess.Popen([sshd_program(), "-D", "-e", "-f", folder / "sshd_config"], stderr=log)
+
+
+def sshd_program() -> str | None:
+    return shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
 @contextlib.contextmanager
 def serving(folder: Path, more: str = SFTP) -> Iterator[Server]:
     """An sshd whose files are in ``folder``, an empty one, with the lines ``more`` in its settings."""
-    sshd = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    sshd = sshd_program()
     if sshd is None or shutil.which("ssh-keygen") is None:
         pytest.skip("there is no sshd; apt-get install openssh-server")
     pytest.importorskip("asyncssh")
@@ -151,16 +172,12 @@ def serving(folder: Path, more: str = SFTP) -> Iterator[Server]:
     (folder / "sshd_config").write_text(f"PerSourcePenalties no\n{settings}")  # tests fail to log in, and often
     if subprocess.run([sshd, "-t", "-f", folder / "sshd_config"], capture_output=True).returncode:
         (folder / "sshd_config").write_text(settings)  # an sshd before 9.8, which has no penalties
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen([sshd, "-D", "-e", "-f", folder / "sshd_config"], stderr=log)
-    server = Server(folder, port, process)
+    server = Server(folder, port, started(folder))
     try:
         wait_for_port(server)
         yield server
     finally:
-        server.kill_connections()
-        process.terminate()
-        process.wait(10)
+        server.stop()
 
 
 def wait_for_port(server: Server) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import signal
 import sys
 import threading
 import time
@@ -85,6 +89,32 @@ def test_a_connection_that_is_cut_is_made_again_and_the_model_loaded_again(board
             sshd.kill_connections()
             np.testing.assert_array_equal(model.run(batch), wanted)
             assert run() > 0
+
+
+def test_a_board_that_is_rebooted_and_forgets_its_files_is_fed_again(board, registered, sshd, exported, monkeypatch):
+    monkeypatch.setattr(boards, "AGAIN_S", (0.3, 0.6, 1.2, 2.0))
+    path, batch, wanted = exported
+    with board.load("onnxruntime", path, threads=1) as model:
+        run = model.bind({"images": batch})
+        (runner,) = children_named(registered.folder)
+        threading.Thread(target=sshd.server.restart, args=[1.0], daemon=True).start()
+        os.kill(runner, signal.SIGKILL)
+        time.sleep(0.5)  # it is down
+        shutil.rmtree(registered.folder)
+        np.testing.assert_array_equal(model.run(batch), wanted)
+        assert run() > 0
+    assert children_named(registered.folder) != (runner,)
+
+
+def children_named(folder):
+    """The runners that serve from a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if any(word.endswith(b".pyz") for word in words) and words[-2] == folder.encode():
+                found.append(int(path.parent.name))
+    return tuple(found)
 
 
 def test_cuts_at_random_moments_change_nothing(board, sshd, exported):

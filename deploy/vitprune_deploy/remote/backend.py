@@ -64,7 +64,7 @@ class RemoteBackend(Elsewhere):
     def bind(self, feed: Mapping[str, np.ndarray]) -> Callable[[], float]:
         """One run there, by a request of its own."""
         self.refuse_misfit(feed)
-        arrays = {name: self._board.put_array(array) for name, array in feed.items()}
+        arrays = {name: self._board.put_array(array, kept=True) for name, array in feed.items()}
         key = self._board.number()
         self._board.hold(key, "bind", name="subject", model=self._key, feed=arrays)
         self._bound.append(key)

@@ -71,6 +71,7 @@ class Board(Device):
         self._held: dict[int, dict[str, Any]] = {}  # requests that left something loaded, to be made again
         self._numbers = count(1)
         self._sums: dict[tuple[str, int, int], str] = {}
+        self._sources: dict[str, Path] = {}  # where files that the board was given lie here, by sum
         self._scratch = tempfile.TemporaryDirectory(prefix="vitprune-")
 
     @cached_property
@@ -160,19 +161,22 @@ class Board(Device):
         """One that nothing else on the board is called by."""
         return next(self._numbers)
 
-    def put_array(self, array: np.ndarray) -> str:
-        """Have an array on the board; what it is called there."""
+    def put_array(self, array: np.ndarray, *, kept: bool = False) -> str:
+        """Have an array on the board; what it is called there. It is kept here too where something held reads it."""
         path = Path(self._scratch.name) / f"{next(self._numbers)}.npy"
         np.save(path, array)
         try:
             (found,) = self.put([path]).values()
         finally:
-            path.unlink()
+            if not kept:
+                path.unlink()
+                self._sources = {which: source for which, source in self._sources.items() if source != path}
         return found
 
     def put(self, paths: Iterable[Path]) -> dict[str, str]:
         """Have files on the board: their names, and what they are called there. Only what it lacks is sent."""
         sums = {path: self._sum(path) for path in paths}
+        self._sources |= {which: path for path, which in sums.items()}
         self._insist(lambda: self._put({which: path for path, which in sums.items()}))
         return {path.name: which for path, which in sums.items()}
 
@@ -240,6 +244,7 @@ class Board(Device):
         command = shlex.join([self._registered.python, program, folder])
         self._talk = self._connection.start(f"exec {command}")
         for request in list(self._held.values()):
+            self._put_again([*request.get("files", {}).values(), *request.get("feed", {}).values()])
             self._say(request)
 
     def _say(self, request: Mapping[str, Any]) -> Any:
@@ -272,6 +277,11 @@ class Board(Device):
             for which in lacking:
                 self._connection.send(sources[which], f"{self._folder}/files/{which}.part")
             self._say({"do": "keep", "sums": lacking})
+
+    def _put_again(self, sums: Iterable[str]) -> None:
+        """Have files on a board that may have lost them: one that starts anew has forgotten what was in its memory."""
+        here = {which: self._sources[which] for which in sums if which in self._sources}
+        self._put({which: path for which, path in here.items() if path.is_file()})
 
     def _fetch(self, remote: str, path: Path) -> None:
         assert self._connection
