@@ -203,7 +203,7 @@ def _table_text(found: LatencyTable) -> str:
     for name, entries, columns in kinds:
         rows = []
         for patches in levels.tokens:
-            cells = [entries[(patches, *sizes)] for sizes in columns.values()]
+            cells = [entries[key] for key in ((patches, *sizes) for sizes in columns.values())]
             rows.append([patches, *(f"{'' if cell.measured else '~'}{cell.ms:.3g}" for cell in cells)])
         head = [f"patches \\ {name}", *columns]
         parts.append(table(rows, head=head, right=range(len(head))))
