@@ -277,7 +277,13 @@ def test_norms_over_the_dims_hold_them_fast():
     found, rankings = measure_losses(tiny_vit(depth=1, qk_norm=True), images(4), SIZES, criterion="magnitude", probes=4)
     assert found.qk == [{8: 0.0}]
     assert list(found.v[0]) == [8, 4]
-    assert set(rankings.dims) == {(0, "v")}
+    plan = rankings.plan("abc", (4,), (64,), (None,), patches=49, kept_qk=(8,), kept_v=(4,))
+    assert plan.blocks[0].qk is None
+    assert len(plan.blocks[0].v[0]) == 4
+
+
+def test_fewer_dims_than_all_need_a_ranking():
+    _, rankings = measure_losses(tiny_vit(depth=1), images(4), Sizes((4,), (64,)), criterion="magnitude", probes=4)
     with pytest.raises(InputError, match="the qk dims of block 0 were not ranked, and 4 of them are to be kept"):
         rankings.plan("abc", (4,), (64,), (None,), patches=49, kept_qk=(4,))
 

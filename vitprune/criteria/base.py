@@ -140,6 +140,11 @@ class DimRanking:
         factors = {count: torch.cat([head.weights[count] for head in heads]) for count in heads[0].weights}
         return cls(torch.stack([head.order.cpu() for head in heads]), error, factors)
 
+    @classmethod
+    def held(cls, heads: int, dims: int) -> DimRanking:
+        """A ranking of dims that all stay, since something holds them fast or nobody asks for fewer."""
+        return cls(torch.arange(dims).repeat(heads, 1), torch.zeros(dims + 1, dtype=torch.float64))
+
     def kept(self, head: int, count: int) -> tuple[int, ...]:
         """The ``count`` dims of a head that go last, ascending. Raises as ``Ranking.kept``."""
         return Ranking(self.order[head], self.error).kept(count)

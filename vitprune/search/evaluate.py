@@ -20,12 +20,8 @@ from .counts import Counts
 from .probes import distance, ending_early, put_in
 from .rankings import Rankings
 
-Attn = tuple[
-    int, int | None, int | None
-]  # heads, and the dims of their queries and keys, and of their values; None: all
-Choice = tuple[
-    Attn, int, int | None
-]  # attention, hidden units and patch tokens that a block leaves; None: all that enter
+Attn = tuple[int, int | None, int | None]  # heads, and dims of their queries and keys, and of their values; None: all
+Choice = tuple[Attn, int, int | None]  # attention, hidden units, and patch tokens that a block leaves; None: all
 NO_HEADS: Attn = (0, None, None)
 
 

@@ -23,7 +23,6 @@ from ..surgery import rows_of
 
 Dim = Literal["qk", "v"]
 INDEX = "rankings.json"
-HALVES: tuple[Half, Half] = ("attn", "mlp")
 DIMS: tuple[Dim, Dim] = ("qk", "v")
 
 

@@ -82,21 +82,24 @@ class Survey:
         return found
 
     def rank_dims(self, step: BlockPass, criterion: Criterion, gates: Mapping[Kind, Tensor]) -> dict[Dim, DimRanking]:
-        """The rankings of the dims of a block's heads, of those that may go. Arguments as of ``rank``."""
-        block, found = self.blocks[step.number], {}
-        number = 2 * (len(self.blocks) + step.number)
-        if self._dims(step.number, "qk"):
-            levels = tuple(self._dims(step.number, "qk"))
+        """The rankings of the dims of a block's heads; none of a block without any. Arguments as of ``rank``."""
+        block, number = self.blocks[step.number], 2 * (len(self.blocks) + step.number)
+        attn, found = block.attn, {}
+        if attn is None:
+            return {}
+        for kind in DIMS:
+            found[kind] = DimRanking.held(attn.heads, _dims_of(attn, kind))
+        if levels := tuple(self._dims(step.number, "qk")):
             found["qk"] = criterion.rank_dims(query_key_view(block, step, gates, levels, number))
             self._tell(f"block {step.number}: dims of queries and keys ranked")
         if self._dims(step.number, "v"):
             ranking = criterion.rank_dims(value_view(block, step, gates, number + 1))
             if criterion.compensates:
-                layer = LayerView(block.attn.proj.weight.detach().clone(), 1, (), step.moments["attn"])
+                layer = LayerView(attn.proj.weight.detach().clone(), 1, (), step.moments["attn"])
                 ranking = replace(ranking, layer=lambda: layer)
             found["v"] = ranking
             self._tell(f"block {step.number}: dims of values ranked")
-        return found  # type: ignore[return-value]
+        return found
 
     def enter(self, step: BlockPass, probes: int) -> None:
         """Get ready to measure at a block that the images have just reached."""
@@ -117,13 +120,10 @@ class Survey:
         return {units: 0.0, **curve_through(ranking.error, levels, measured)}
 
     def dims_curve(self, index: int, kind: Dim, ranking: DimRanking | None) -> Curve:
-        """Loss over the dims of all heads of block ``index``; {all: 0.0} where none may go, {} without attention."""
-        attn = self.blocks[index].attn
-        if attn is None:
-            return {}
-        dims, levels = _dims_of(attn, kind), self._dims(index, kind)
+        """Loss over the dims of all heads of block ``index``; {all: 0.0} where none may go, {} without a ranking."""
         if ranking is None:
-            return {dims: 0.0}
+            return {}
+        dims, levels = ranking.order.shape[1], self._dims(index, kind)
         measured = {count: self._dims_loss(index, kind, ranking, count) for count in levels_to_measure(levels)}
         return {dims: 0.0, **curve_through(ranking.error, levels, measured)}
 
