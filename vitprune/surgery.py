@@ -211,11 +211,16 @@ def _pruned_config(config: VitConfig, plan: Plan) -> VitConfig:
         entering = entering if pruned.patches is None else pruned.patches
         blocks.append(pruned)
     slim = config.with_blocks(blocks, reducer if any(block.patches for block in blocks) else None)
-    return slim if plan.embed is None else _narrowed(slim, plan.embed)
+    return slim if plan.embed is None else narrowed(slim, plan.embed)
 
 
-def _narrowed(config: VitConfig, channels: tuple[int, ...]) -> VitConfig:
-    """``config`` with a residual stream of ``channels`` alone."""
+def narrowed(config: VitConfig, channels: tuple[int, ...]) -> VitConfig:
+    """``config`` with a residual stream of ``channels`` alone.
+
+    Raises:
+        InputError: the model has fewer.
+        NotSupported: something is bound to the width of the stream.
+    """
     if channels[-1] >= config.dim:
         raise InputError(f"the plan keeps channels up to {channels[-1]}, the model has {config.dim}")
     if len(channels) == config.dim:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vitprune import parts
-from vitprune.errors import InputError
+from vitprune.errors import InputError, VitpruneError
 
 from ..data import Preprocess, Split, batches, open_split
 from ..profile import Profile
@@ -95,8 +95,19 @@ class Bench:
 
     @property
     def base_config(self) -> VitConfig:
-        """The architecture of ``base``, known before it is."""
-        return replace(self.dense.config, dim=self.profile.prune.embedding or self.dense.config.dim)
+        """The architecture of ``base``, known before it is.
+
+        Raises:
+            InputError: the model has fewer channels.
+            NotSupported: none can leave it.
+        """
+        from vitprune.surgery import narrowed
+
+        count = self.profile.prune.embedding
+        try:
+            return self.dense.config if count is None else narrowed(self.dense.config, tuple(range(count)))
+        except VitpruneError as error:
+            raise type(error)(f"prune.embedding: {error}") from error
 
     @cached_property
     def pruned(self) -> Vit:

@@ -69,6 +69,7 @@ def check(console: Console, name: str, overrides: Sequence[str], out: Path | Non
         else:
             problems.during(lambda: bench.images)
             problems.during(bench.token_methods)
+            problems.during(lambda: bench.base_config)
             problems.during(lambda: _check_table(bench))
             problems.during(lambda: _check_disk(bench, out))
         if bench is not None and not problems.errors:
