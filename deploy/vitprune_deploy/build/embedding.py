@@ -54,7 +54,7 @@ def of_dense(bench: Bench, plan: Plan) -> Plan:
 
 
 def of_base(bench: Bench, plan: Plan) -> Plan:
-    """A plan of the dense model that leaves the profile's channels, as one of the searched model; others as they are."""
+    """A plan of the dense model that leaves the profile's channels, as one of the searched model; others unchanged."""
     from vitprune.model.vit import fingerprint
 
     if bench.base is bench.dense or (plan.model_sha256, plan.embed) != (fingerprint(bench.dense), bench.channels):
