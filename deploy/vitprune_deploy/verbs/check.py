@@ -84,6 +84,7 @@ def _check_one(console: Console, profile: Profile, out: Path) -> Answer:
         else:
             problems.during(lambda: bench.images)
             problems.during(bench.token_methods)
+            problems.during(lambda: bench.base_config)
             problems.during(lambda: _check_table(bench))
             problems.during(lambda: _check_disk(bench, out))
         if bench is not None and not problems.errors:
@@ -170,7 +171,7 @@ def _check_table(bench: Bench) -> None:
 
     given = bench.profile.measure.table
     if given:
-        accept(read_table(Path(given)), bench.dense.config, table_request(bench), runtimes.device(bench.profile))
+        accept(read_table(Path(given)), bench.base_config, table_request(bench), runtimes.device(bench.profile))
 
 
 def _check_disk(bench: Bench, out: Path) -> None:
