@@ -15,7 +15,7 @@ from vitprune.errors import VitpruneError
 
 from . import runtimes
 from .bench import CHANNELS, Bench, write_json
-from .make import served_opset, served_sizes
+from .make import served_dialect, served_sizes
 
 if TYPE_CHECKING:
     from vitprune.plan import Plan
@@ -77,7 +77,7 @@ def measure_whole(bench: Bench, folder: Path) -> None:
             files / f"{name}.onnx",
             **served_sizes(profile, model.config.image_size),
             precision=profile.graph_precision,
-            opset=served_opset(profile, profile.graph_precision),
+            **served_dialect(profile, profile.graph_precision),
             islands=bench.islands(model, profile.graph_precision),
         )
         for name, model in (("dense", bench.dense), ("base", bench.base))
