@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+
+T = TypeVar("T")
+Needs = Literal["moments", "gates", "activations", "influence"] | None
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,12 @@ class LayerView:
         moments: [units * unit_size, the same] mean of x x^T over calibration tokens x; for criteria that need it.
         gates: [M, units] gradient of the loss of each image at a gate of 1; for criteria that need it.
         number: the half's number within the model, so that random choices differ between halves.
+        kind: what the units are: ``attn``: heads, ``mlp``: hidden units.
+        reads: [units, n] the weights that each unit reads with, biases left out.
+        reading_gates: as ``gates``, of a gate on all weights and biases that a unit reads with; comes with them.
+        labels: [M] the class that each image's loss was of; comes with ``gates``, None without a classifier.
+        activations: [M, units * unit_size] mean of |x| over the tokens x of each image; for criteria that need it.
+        influence: 1 - cosine of the tokens in front of the half's block and behind it; for criteria that need it.
     """
 
     weight: Tensor
@@ -32,6 +41,12 @@ class LayerView:
     moments: Tensor | None = None
     gates: Tensor | None = None
     number: int = 0
+    kind: Literal["attn", "mlp"] = "mlp"
+    reads: Tensor | None = None
+    reading_gates: Tensor | None = None
+    labels: Tensor | None = None
+    activations: Tensor | None = None
+    influence: float | None = None
 
     @property
     def units(self) -> int:
@@ -48,11 +63,13 @@ class Ranking:
         error: [units + 1] loss proxy after the removal of the first i units: 0 at first, never falling.
         weights: kept count -> compensated weight [C, kept * unit_size] of the kept columns, units ascending; empty
             for criteria that leave weights as they are.
+        scores: [units] importance as the criterion counts it, to compare with that of other halves; None: it has none.
     """
 
     order: Tensor
     error: Tensor
     weights: Mapping[int, Tensor] = field(default_factory=dict)
+    scores: Tensor | None = None
 
     @classmethod
     def from_scores(cls, scores: Tensor) -> Ranking:
@@ -60,7 +77,12 @@ class Ranking:
         scores = scores.double()
         order = scores.argsort(stable=True)
         sums = torch.cat([scores.new_zeros(1), scores[order].cumsum(0)])
-        return cls(order, sums / sums[-1].clamp_min(torch.finfo(torch.float64).tiny))
+        return cls(order, sums / sums[-1].clamp_min(torch.finfo(torch.float64).tiny), scores=scores)
+
+    def importances(self) -> list[float]:
+        """Of each unit in order of removal: its score, or without scores by how much the error rises."""
+        found = self.error.diff() if self.scores is None else self.scores[self.order]
+        return [float(value) for value in found]
 
     def kept(self, count: int) -> tuple[int, ...]:
         """The ``count`` units that go last, ascending.
@@ -77,17 +99,27 @@ class Criterion(ABC):
     """An importance criterion for heads and MLP units.
 
     Attributes:
-        needs: what of ``LayerView`` must be there besides the weight.
+        needs: what of ``LayerView`` must be there besides the weights.
+        whole_blocks: it tells blocks apart, not the units of a half.
     """
 
-    needs: ClassVar[Literal["moments", "gates"] | None] = None
+    needs: ClassVar[Needs] = None
+    whole_blocks: ClassVar[bool] = False
 
     @abstractmethod
     def rank(self, layer: LayerView) -> Ranking:
         """The ranking of all units of ``layer``."""
 
+    def cross_terms(self, gates: Sequence[Mapping[str, Tensor]]) -> dict[str, dict[str, float]]:  # noqa: ARG002
+        """For each two kinds of units what removing all of both costs beyond their scores; {} where that is no matter.
 
-def required(value: Tensor | None, criterion: str, name: str) -> Tensor:
+        Args:
+            gates: per block, as ``LayerView.gates`` of its halves by kind.
+        """
+        return {}
+
+
+def required(value: T | None, criterion: str, name: str) -> T:
     """``value``, which must be there.
 
     Raises:
@@ -96,3 +128,12 @@ def required(value: Tensor | None, criterion: str, name: str) -> Tensor:
     if value is None:
         raise InputError(f"the criterion {criterion} needs the layer's {name}, got none")
     return value
+
+
+def batch_means(gates: Tensor, batch: int) -> Tensor:
+    """``gates`` [M, units] of single images as [batches, units], the gradients of the mean loss of ``batch`` images.
+
+    A last batch that is smaller is left out, unless there is no other.
+    """
+    whole = gates[: len(gates) // batch * batch] if len(gates) >= batch else gates
+    return torch.stack([some.mean(0) for some in whole.double().split(batch)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,9 +23,14 @@ HALVES: tuple[Half, Half] = ("attn", "mlp")
 
 @dataclass(frozen=True)
 class Rankings:
-    """The ranking of each half that a model has, by block and half."""
+    """The ranking of each half that a model has, by block and half.
+
+    Attributes:
+        cross_terms: what the criterion says of how kinds of units go together; see ``Criterion.cross_terms``.
+    """
 
     halves: Mapping[tuple[int, Half], Ranking]
+    cross_terms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def plan(
         self,
@@ -91,11 +96,12 @@ class Rankings:
             DamagedFile: a file is missing or cut off.
         """
         try:
-            names = json.loads((store / INDEX).read_text(encoding="utf-8"))["halves"]
+            index = json.loads((store / INDEX).read_text(encoding="utf-8"))
+            names, cross_terms = index["halves"], index.get("cross_terms", {})
             keys = [(int(name.partition(".")[0]), name.partition(".")[2]) for name in names]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedFile(f"{store / INDEX} is not an index of rankings: {error}; measure them again") from error
-        return cls({key: load_ranking(_file(store, *key)) for key in keys})
+        return cls({key: load_ranking(_file(store, *key)) for key in keys}, cross_terms)
 
 
 class StoredWeights(Mapping[int, Tensor]):
@@ -120,19 +126,22 @@ def save_ranking(store: Path, block: int, half: Half, ranking: Ranking) -> Ranki
     """``ranking`` as it is read back from the folder ``store``, so that its weights take no memory."""
     path = _file(store, block, half)
     tensors = {"order": ranking.order, "error": ranking.error}
+    if ranking.scores is not None:
+        tensors["scores"] = ranking.scores
     tensors |= {f"kept_{count}": weight for count, weight in ranking.weights.items()}
     store.mkdir(parents=True, exist_ok=True)
     half_written = path.with_suffix(".part")
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, half_written)
     half_written.replace(path)
-    return Ranking(ranking.order, ranking.error, StoredWeights(path, sorted(ranking.weights)))
+    return replace(ranking, weights=StoredWeights(path, sorted(ranking.weights)))
 
 
 def save_index(store: Path, rankings: Rankings) -> None:
     """Note in the folder which halves there are: written last, so that an interrupted folder does not load."""
     half_written = store / f"{INDEX}.part"
     names = [f"{block}.{half}" for block, half in sorted(rankings.halves)]
-    half_written.write_text(json.dumps({"halves": names}), encoding="utf-8")
+    index = {"halves": names, "cross_terms": rankings.cross_terms}
+    half_written.write_text(json.dumps(index), encoding="utf-8")
     half_written.replace(store / INDEX)
 
 
@@ -140,8 +149,10 @@ def load_ranking(path: Path) -> Ranking:
     """The ranking that ``save_ranking`` wrote."""
     order, error = _read(path, ["order", "error"])
     with safe_open(path, "pt") as file:
-        counts = sorted(int(name.removeprefix("kept_")) for name in file.keys() if name.startswith("kept_"))  # noqa: SIM118
-    return Ranking(order, error, StoredWeights(path, counts))
+        names = list(file.keys())
+    counts = sorted(int(name.removeprefix("kept_")) for name in names if name.startswith("kept_"))
+    scores = _read(path, ["scores"])[0] if "scores" in names else None
+    return Ranking(order, error, StoredWeights(path, counts), scores)
 
 
 def _file(store: Path, block: int, half: str) -> Path:

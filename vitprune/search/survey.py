@@ -11,9 +11,21 @@ from torch import Tensor
 
 from .. import parts
 from ..criteria.base import Criterion, LayerView, Ranking
+from ..errors import InputError
 from ..model.state import TokenState
 from ..model.vit import Block, LayerScale, Vit
-from ..statistics import BlockPass, Half, Progress, blocks_of, out_layers, unit_sizes
+from ..statistics import (
+    BlockGates,
+    BlockPass,
+    Gates,
+    Half,
+    Progress,
+    blocks_of,
+    by_unit,
+    in_layers,
+    out_layers,
+    unit_sizes,
+)
 from ..surgery import make_reducer
 from ..tokens.base import Reducer
 from .counts import Sizes
@@ -53,23 +65,48 @@ class Survey:
             self.routes = _routes(kind, self.patches, model.config.prefix, sizes.patches)
         self.steps = sum(self._steps(index) for index in range(len(self.blocks)))
 
-    def rank(self, step: BlockPass, criterion: Criterion, gates: Mapping[Half, Tensor]) -> dict[Half, Ranking]:
+    def rank(self, step: BlockPass, criterion: Criterion, gates: Gates | None) -> dict[Half, Ranking]:
         """The rankings of a block's halves, with weights as the block's Linears take them.
 
         Args:
-            gates: what ``gate_gradients`` found for the block's halves; empty where the criterion needs none.
+            gates: what ``gate_gradients`` found for the model; None where the criterion needs none.
+
+        Raises:
+            InputError: the criterion tells whole blocks apart, and there are sizes between all and nothing.
         """
         block = self.blocks[step.number]
         found = {}
-        for half, layer in out_layers(block).items():
-            weight, scale = layer.weight.detach(), _layer_scale(block, half)
-            size = unit_sizes(block)[half]
-            levels = tuple(self._levels(half, weight.shape[1] // size))
-            number = 2 * step.number + (half == "mlp")
-            view = LayerView(weight * scale, size, levels, step.moments.get(half), gates.get(half), number)
-            found[half] = _unscaled(criterion.rank(view), scale)
+        for half in out_layers(block):
+            view = self._view(step, half, gates)
+            if criterion.whole_blocks and any(view.levels):
+                raise InputError(
+                    f"block {step.number}: this criterion ranks whole blocks, it cannot say which {max(view.levels)} of "
+                    f"{view.units} {half} units to keep; allow all or none of them"
+                )
+            found[half] = _unscaled(criterion.rank(view), _layer_scale(block, half))
             self._tell(f"block {step.number}: {half} ranked")
         return found
+
+    def _view(self, step: BlockPass, half: Half, gates: Gates | None) -> LayerView:
+        """What a criterion may know of one half of a block."""
+        block = self.blocks[step.number]
+        weight, size = out_layers(block)[half].weight.detach(), unit_sizes(block)[half]
+        reads = by_unit(block, half, in_layers(block)[half].weight.detach().T)  # [C, units, rows of a unit]
+        of_block = gates.blocks[step.number] if gates else BlockGates({}, {})
+        return LayerView(
+            weight=weight * _layer_scale(block, half),
+            unit_size=size,
+            levels=tuple(self._levels(half, weight.shape[1] // size)),
+            moments=step.moments.get(half),
+            gates=of_block.writing.get(half),
+            number=2 * step.number + (half == "mlp"),
+            kind=half,
+            reads=reads.transpose(0, 1).flatten(1),
+            reading_gates=of_block.reading.get(half),
+            labels=gates.labels if gates else None,
+            activations=step.activations.get(half),
+            influence=step.influence,
+        )
 
     def enter(self, step: BlockPass, probes: int) -> None:
         """Get ready to measure at a block that the images have just reached."""

@@ -1,0 +1,54 @@
+"""NViT: the squared sum of weight times gradient over all that a unit reads with, averaged over batches.
+
+Yang et al., Global Vision Transformer Pruning with Hessian-Aware Saliency, CVPR 2023,
+https://arxiv.org/abs/2110.04869. A head's sum goes over its rows of q, k and v with their biases and is divided by 12,
+as the official code does in effect; a hidden unit's over its row of fc1 and the bias. It is squared once for every
+batch, after the sum, averaged over an interval of batches, and intervals are joined by a moving average.
+
+Differs from the code: the loss is the negative log-likelihood of labels drawn from the model's own output, in place of
+a distillation from a CNN, so that a batch's gradients average to zero and few batches measure little but noise: a batch
+of 1 is the steadier choice for few images; weights stay as they are from one interval to the next. The latency term is
+an allocation (``nvit`` in ``vitprune.search.allocation``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from .base import Criterion, LayerView, Ranking, batch_means, required
+
+DIVISORS = {"attn": 12.0, "mlp": 1.0}
+
+
+@final
+@dataclass(frozen=True)
+class Nvit(Criterion):
+    """Squared sums of weight times gradient.
+
+    Attributes:
+        batch: images whose mean loss is differentiated at once.
+        interval: batches that are averaged before they enter the moving average.
+        momentum: what the average keeps of itself at each interval.
+    """
+
+    needs = "gates"
+    batch: int = 128
+    interval: int = 100
+    momentum: float = 0.9
+
+    def rank(self, layer: LayerView) -> Ranking:
+        gates = required(layer.reading_gates, "nvit", "reading gates")
+        squares = (batch_means(gates, self.batch) / DIVISORS[layer.kind]).square()
+        intervals = [some.mean(0) for some in squares.split(self.interval)]
+        return Ranking.from_scores(moving_average(intervals, self.momentum))
+
+
+def moving_average(values: list[Tensor], momentum: float) -> Tensor:
+    """The exponential moving average that begins with the first of ``values``."""
+    average = values[0]
+    for value in values[1:]:
+        average = momentum * average + (1 - momentum) * value
+    return average
