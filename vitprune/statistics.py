@@ -4,12 +4,14 @@ Both work block by block, so that memory does not grow with depth: the first kee
 those that leave it, the gradients the tokens that enter each block, for one batch of images at a time.
 
 A half is a block's attention (``attn``, units: heads) or its MLP (``mlp``, units: hidden units). Its units are groups
-of consecutive columns of the Linear that writes to the residual stream, ``proj`` or ``fc2``.
+of consecutive columns of the Linear that writes to the residual stream, ``proj`` or ``fc2``. Within the heads there are
+units of two more kinds: a dim of a head's values (``v``) is one column of ``proj``; a dim of its queries and keys
+(``qk``) is one index of both, which meet in a product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast
 
@@ -23,6 +25,7 @@ from .model.state import TokenState
 from .model.vit import Block, Vit
 
 Half = Literal["attn", "mlp"]
+Kind = Literal["attn", "mlp", "qk", "v"]
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what is being done
 
 ELEMENTS_PER_BATCH = 1 << 22  # hidden activations of one batch: 16 MiB in fp32 stay near the cores
@@ -36,13 +39,14 @@ class BlockPass(NamedTuple):
     moments: dict[Half, Tensor]  # [F, F] mean of x x^T over all tokens x that the half's Linear read, in fp64
     activations: dict[Half, Tensor]  # [M, F] mean of |x| over the tokens of each image
     influence: float | None  # mean of 1 - cosine between a token in front of the block and behind it
+    products: Tensor | None  # [H, D, D] mean of (q^T q) * (k^T k) over pairs of tokens, in fp64; see ``_products``
 
 
 class BlockGates(NamedTuple):
-    """Gradients of the loss of each image at gates of 1 on the units of one block, by half: [M, units]."""
+    """Gradients of the loss of each image at gates of 1 on the units of one block, by kind: [M, units]."""
 
-    writing: dict[Half, Tensor]  # a gate on what the unit gives to the Linear that writes
-    reading: dict[Half, Tensor]  # a gate on all weights and biases that the unit reads with
+    writing: dict[Kind, Tensor]  # on what the unit gives to the Linear that writes; on the product of a query and a key
+    reading: dict[Kind, Tensor]  # on all weights and biases that the unit reads with; ``qk``: that its queries do
 
 
 class Gates(NamedTuple):
@@ -102,37 +106,64 @@ def unit_sizes(block: Block) -> dict[Half, int]:
 
 @torch.no_grad()
 def stream_blocks(
-    model: Vit, images: Tensor, *, moments: bool = False, activations: bool = False, influence: bool = False
+    model: Vit,
+    images: Tensor,
+    *,
+    moments: bool = False,
+    activations: bool = False,
+    influence: bool = False,
+    dims: bool = False,
 ) -> Iterator[BlockPass]:
     """Each block in turn, with the tokens that enter it and what else of ``BlockPass`` was asked for.
+
+    ``dims``: with the second moments of the products of queries and keys, where ``moments`` are asked for.
 
     The model may be changed between two steps if it is restored before the next one: a block is run before it is
     handed out.
     """
     states = [model.embed(batch) for batch in batches(model, images)]
     for number, block in enumerate(blocks_of(model)):
-        sums: dict[Half, Tensor] = {}
-        tokens: dict[Half, int] = {}
-        means: dict[Half, list[Tensor]] = {}
+        sums = _Sums()
         leaving = []
         for state in states:
-            with captured_inputs(block) as seen:
+            with captured_inputs(block) as seen, captured_products(block) as pair:
                 leaving.append(block(state))
             for half, x in seen.items():
-                if activations:
-                    means.setdefault(half, []).append(x.abs().mean(1))
-                if moments:
-                    flat = x.flatten(0, -2)
-                    sums[half] = sums.get(half, 0) + (flat.T @ flat).double()
-                    tokens[half] = tokens.get(half, 0) + len(flat)
-        yield BlockPass(
-            number,
-            states,
-            {half: total / tokens[half] for half, total in sums.items()},
-            {half: torch.cat(parts) for half, parts in means.items()},
-            _influence(states, leaving) if influence else None,
-        )
+                sums.add(half, x, moments, activations)
+            if moments and dims and block.attn is not None:
+                sums.products.append(_products(pair["q"], pair["k"]))
+        yield sums.seen(number, states, _influence(states, leaving) if influence else None)
         states = leaving
+
+
+class _Sums:
+    """What is added up over the batches of images that pass a block."""
+
+    def __init__(self) -> None:
+        self.moments: dict[Half, Tensor] = {}
+        self.tokens: dict[Half, int] = {}
+        self.activations: dict[Half, list[Tensor]] = {}
+        self.products: list[Tensor] = []
+
+    def add(self, half: Half, x: Tensor, moments: bool, activations: bool) -> None:
+        """What the half's Linear read of a batch, [B, N, F]."""
+        if activations:
+            self.activations.setdefault(half, []).append(x.abs().mean(1))
+        if moments:
+            flat = x.flatten(0, -2)
+            self.moments[half] = self.moments.get(half, 0) + (flat.T @ flat).double()
+            self.tokens[half] = self.tokens.get(half, 0) + len(flat)
+
+    def seen(self, number: int, entering: list[TokenState], influence: float | None) -> BlockPass:
+        """All of it, as means."""
+        return BlockPass(
+            number,
+            entering,
+            {half: total / self.tokens[half] for half, total in self.moments.items()},
+            {half: torch.cat(parts) for half, parts in self.activations.items()},
+            influence,
+            torch.cat(self.products).mean(0) if self.products else None,
+        )
 
 
 def _influence(entering: list[TokenState], leaving: list[TokenState]) -> float | None:
@@ -146,6 +177,18 @@ def _influence(entering: list[TokenState], leaving: list[TokenState]) -> float |
         found.append(1 - F.cosine_similarity(before.x[:, :count].double(), after.x[:, :count].double(), dim=-1))
     compared = torch.cat(found)
     return float(compared.mean()) if compared.numel() else None
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """Second moments of the terms q_d k_d of the logits, per image, [B, H, D, D], of q and k [B, H, N, D], in fp64.
+
+    Without the dims S, the mean squared error of all logits q_i k_j is the sum of the entries in S x S. Keys are taken
+    without their mean over the tokens: what all keys have in common adds the same to all logits of a query, which the
+    softmax does not see.
+    """
+    k = k - k.mean(dim=-2, keepdim=True)
+    of_queries, of_keys = ((x.transpose(-2, -1) @ x).double() / x.shape[-2] for x in (q, k))
+    return of_queries * of_keys
 
 
 @contextmanager
@@ -164,17 +207,24 @@ def captured_inputs(block: Block) -> Iterator[dict[Half, Tensor]]:
 
 
 @contextmanager
-def _captured_outputs(block: Block) -> Iterator[dict[Half, Tensor]]:
-    """While open, what the Linear gave last through which each half reads: [B, N, rows]."""
-    seen: dict[Half, Tensor] = {}
+def captured_products(block: Block) -> Iterator[dict[str, Tensor]]:
+    """While open, the queries ``q`` and keys ``k`` that met last, [B, H, N, D]; empty for a block without attention."""
+    with _captured_outputs({} if block.attn is None else {"q": block.attn.q_norm, "k": block.attn.k_norm}) as seen:
+        yield seen
 
-    def watch(half: Half) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+
+@contextmanager
+def _captured_outputs(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, Tensor]]:
+    """While open, what each of ``modules`` gave last, by its name."""
+    seen: dict[Any, Tensor] = {}
+
+    def watch(name: Any) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[half] = output
+            seen[name] = output
 
         return keep
 
-    with _hooked([layer.register_forward_hook(watch(half)) for half, layer in in_layers(block).items()]):
+    with _hooked([module.register_forward_hook(watch(name)) for name, module in modules.items()]):
         yield seen
 
 
@@ -199,12 +249,17 @@ def whole_last_block(model: Vit) -> Iterator[None]:
         last.prefix_only = before
 
 
-def gate_gradients(model: Vit, images: Tensor, *, seed: int = 0, progress: Progress | None = None) -> Gates:
-    """Gradient of the loss of each image at a gate of 1 on every unit, by block and half.
+def gate_gradients(
+    model: Vit, images: Tensor, *, dims: bool = False, seed: int = 0, progress: Progress | None = None
+) -> Gates:
+    """Gradient of the loss of each image at a gate of 1 on every unit, by block and kind.
 
     The loss is the negative log-likelihood of an output drawn from the model's own distribution: a label from the
     softmax or, for models without classifier, features with Gaussian noise. The gradient of the KL to one's own
     output would be zero; this one is the score whose mean square is the Fisher information, and it needs no labels.
+
+    Args:
+        dims: also at the dims of queries and keys, where the gate is on their product, and of values.
     """
     generator = torch.Generator().manual_seed(seed)
     parts: list[list[BlockGates]] = []
@@ -212,7 +267,7 @@ def gate_gradients(model: Vit, images: Tensor, *, seed: int = 0, progress: Progr
     done = 0
     with whole_last_block(model):
         for batch in batches(model, images):
-            gates, drawn = _batch_gates(model, batch, generator)
+            gates, drawn = _batch_gates(model, batch, generator, dims)
             parts.append(gates)
             labels += [] if drawn is None else [drawn]
             done += len(batch)
@@ -222,12 +277,12 @@ def gate_gradients(model: Vit, images: Tensor, *, seed: int = 0, progress: Progr
     return Gates(blocks, torch.cat(labels) if labels else None)
 
 
-def _joined(parts: Sequence[dict[Half, Tensor]]) -> dict[Half, Tensor]:
-    return {half: torch.cat([part[half] for part in parts]) for half in parts[0]}
+def _joined(parts: Sequence[dict[Kind, Tensor]]) -> dict[Kind, Tensor]:
+    return {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
 
 
 def _batch_gates(
-    model: Vit, images: Tensor, generator: torch.Generator
+    model: Vit, images: Tensor, generator: torch.Generator, dims: bool
 ) -> tuple[list[BlockGates], Tensor | None]:
     """``gate_gradients`` of one batch: forward keeping what enters each block, backward running each block again."""
     states = []
@@ -242,28 +297,33 @@ def _batch_gates(
         loss, labels = _own_loss(model, model.classify(state._replace(x=x)), generator)
         (slope,) = torch.autograd.grad(loss, x)
         for block, entering in zip(reversed(blocks_of(model)), reversed(states), strict=True):
-            found, slope = _block_gates(block, entering, slope)
+            found, slope = _block_gates(block, entering, slope, dims)
             gates.append(found)
     return gates[::-1], labels
 
 
-def _block_gates(block: Block, entering: TokenState, slope: Tensor) -> tuple[BlockGates, Tensor]:
+def _block_gates(block: Block, entering: TokenState, slope: Tensor, dims: bool) -> tuple[BlockGates, Tensor]:
     """Gate gradients of one block, and the gradient at its input, from ``slope`` at its output."""
     sizes = unit_sizes(block)
     if not sizes:
         return BlockGates({}, {}), slope
     x = entering.x.detach().requires_grad_()
-    with captured_inputs(block) as written, _captured_outputs(block) as read:
+    with captured_inputs(block) as written, _captured_outputs(in_layers(block)) as read, captured_products(block) as pair:
         leaving = block(entering._replace(x=x))
-    values = [*written.values(), *read.values()]
+    queries = [pair["q"]] if dims and pair else []
+    values = [*written.values(), *read.values(), *queries]
     slopes = torch.autograd.grad(leaving.x, [x, *values], slope)
-    columns = [(value.detach() * gradient).sum(1) for value, gradient in zip(values, slopes[1:], strict=True)]
-    writing = {
-        half: some.unflatten(-1, (-1, sizes[half])).sum(-1) for half, some in zip(written, columns, strict=False)
-    }
-    reading = {
-        half: by_unit(block, half, some).sum(-1) for half, some in zip(read, columns[len(written) :], strict=True)
-    }
+    products = [value.detach() * gradient for value, gradient in zip(values, slopes[1:], strict=True)]
+    columns = dict(zip(written, (product.sum(1) for product in products), strict=False))
+    rows = dict(zip(read, (product.sum(1) for product in products[len(written) :]), strict=False))
+    writing: dict[Kind, Tensor] = {h: some.unflatten(-1, (-1, sizes[h])).sum(-1) for h, some in columns.items()}
+    reading: dict[Kind, Tensor] = {half: by_unit(block, half, some).sum(-1) for half, some in rows.items()}
+    if dims and "attn" in columns:
+        writing["v"] = columns["attn"]
+    if dims and "attn" in rows:
+        reading["qk"], _, reading["v"] = rows["attn"].split(block.attn.sizes, dim=-1)
+    for product in products[len(values) - len(queries) :]:
+        writing["qk"] = product.sum(-2).flatten(1)
     return BlockGates(writing, reading), slopes[0]
 
 

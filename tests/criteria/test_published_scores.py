@@ -94,6 +94,19 @@ def test_nvit_is_the_squared_sum_of_weight_times_gradient_of_a_models_own_weight
         torch.testing.assert_close(rankings.halves[number, "mlp"].scores, units**2, rtol=1e-8, atol=1e-14)
 
 
+def test_nvit_removes_the_same_dims_of_all_heads():
+    model, pictures = tiny_vit().double(), images(6).double()
+    rankings = rank_units(model, pictures, Nvit(batch=6), Sizes((4,), (64,), qk=(8, 4), v=(8, 4)))
+    F.cross_entropy(model(pictures), gate_gradients(model, pictures).labels).backward()
+    qkv = model.blocks[0].attn.qkv
+    rows = ((qkv.weight * qkv.weight.grad).sum(1) + qkv.bias * qkv.bias.grad).reshape(3, 4, 8).sum(1)  # q, k, v
+    for kind, sums in (("qk", rows[0]), ("v", rows[2])):
+        order = rankings.dims[0, kind].order
+        assert order.tolist() == [(sums / 2).square().argsort().tolist()] * 4
+    with pytest.raises(InputError, match="this criterion does not rank the dims of heads"):
+        rank_units(model, pictures, "minitron", Sizes((4,), (64,), qk=(4,)))
+
+
 def test_minitron_takes_the_norm_over_images_and_over_a_heads_columns():
     activations = torch.tensor([[1.0, 2.0, 0.0, 3.0], [2.0, 0.0, 4.0, 0.0]])
     units = Minitron().rank(LayerView(torch.ones(1, 4), 1, activations=activations))

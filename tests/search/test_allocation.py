@@ -30,7 +30,7 @@ SCORES = {
 
 def rankings(scores=SCORES, cross_terms=None) -> Rankings:
     halves = {half: Ranking.from_scores(torch.tensor(values)) for half, values in scores.items()}
-    return Rankings(halves, cross_terms or {})
+    return Rankings(halves, cross_terms=cross_terms or {})
 
 
 def cost(counts: Counts) -> float:
@@ -164,7 +164,7 @@ def ranked(depth: int, seed: int = 0) -> Rankings:
         for block in range(depth)
         for kind, units in sizes.items()
     }
-    return Rankings(halves, TERMS)
+    return Rankings(halves, cross_terms=TERMS)
 
 
 @pytest.mark.parametrize("rule", RULES)

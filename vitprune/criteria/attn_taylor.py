@@ -20,6 +20,7 @@ class AttnTaylor(Criterion):
     """|A * dA| of heads, L1 norm of the weights of hidden units."""
 
     needs = "gates"
+    ranks_dims = False
 
     def rank(self, layer: LayerView) -> Ranking:
         if layer.kind == "attn":

@@ -20,6 +20,7 @@ class Bi(Criterion):
     """The same score for all units of a block."""
 
     needs = "influence"
+    ranks_dims = False
     whole_blocks = True
 
     def rank(self, layer: LayerView) -> Ranking:

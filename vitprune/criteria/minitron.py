@@ -17,6 +17,7 @@ class Minitron(Criterion):
     """L2 norm over images, and over a head's columns, of the mean absolute activation."""
 
     needs = "activations"
+    ranks_dims = False
 
     def rank(self, layer: LayerView) -> Ranking:
         squares = required(layer.activations, "minitron", "activations").double().square().sum(0)

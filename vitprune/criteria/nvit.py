@@ -2,8 +2,10 @@
 
 Yang et al., Global Vision Transformer Pruning with Hessian-Aware Saliency, CVPR 2023,
 https://arxiv.org/abs/2110.04869. A head's sum goes over its rows of q, k and v with their biases and is divided by 12,
-as the official code does in effect; a hidden unit's over its row of fc1 and the bias. It is squared once for every
-batch, after the sum, averaged over an interval of batches, and intervals are joined by a moving average.
+as the official code does in effect; a hidden unit's over its row of fc1 and the bias; a dim's of queries and keys over
+its row of q, a dim's of values over its row of v, of all heads, so that the same dims go in each, divided by 2. It is
+squared once for every batch, after the sum, averaged over an interval of batches, and intervals are joined by a moving
+average.
 
 Differs from the code: the loss is the negative log-likelihood of labels drawn from the model's own output, in place of
 a distillation from a CNN, so that a batch's gradients average to zero and few batches measure little but noise: a batch
@@ -18,9 +20,10 @@ from typing import final
 
 from torch import Tensor
 
-from .base import Criterion, LayerView, Ranking, batch_means, required
+from .base import Criterion, DimRanking, DimsView, LayerView, Ranking, batch_means, required
 
 DIVISORS = {"attn": 12.0, "mlp": 1.0}
+DIM_DIVISOR = 2.0
 
 
 @final
@@ -40,8 +43,16 @@ class Nvit(Criterion):
     momentum: float = 0.9
 
     def rank(self, layer: LayerView) -> Ranking:
-        gates = required(layer.reading_gates, "nvit", "reading gates")
-        squares = (batch_means(gates, self.batch) / DIVISORS[layer.kind]).square()
+        return self._ranking(required(layer.reading_gates, "nvit", "reading gates") / DIVISORS[layer.kind])
+
+    def rank_dims(self, dims: DimsView) -> DimRanking:
+        gates = required(dims.reading_gates, "nvit", "reading gates")
+        of_all_heads = gates.unflatten(1, (dims.heads, -1)).sum(1)
+        return DimRanking.of_heads([self._ranking(of_all_heads / DIM_DIVISOR)] * dims.heads)
+
+    def _ranking(self, sums: Tensor) -> Ranking:
+        """By the sums [M, units] of weight times gradient of each image."""
+        squares = batch_means(sums, self.batch).square()
         intervals = [some.mean(0) for some in squares.split(self.interval)]
         return Ranking.from_scores(moving_average(intervals, self.momentum))
 

@@ -21,7 +21,10 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ..statistics import Half, Kind
 from .base import Criterion, LayerView, Ranking, batch_means, required
+
+HALVES: tuple[Half, Half] = ("attn", "mlp")
 
 
 @final
@@ -40,11 +43,12 @@ class Savit(Criterion):
         gates = required(layer.gates, "savit", "gates")
         return Ranking.from_scores(batch_means(gates, self.batch).square().mean(0))
 
-    def cross_terms(self, gates: Sequence[Mapping[str, Tensor]]) -> dict[str, dict[str, float]]:
+    def cross_terms(self, gates: Sequence[Mapping[Kind, Tensor]]) -> dict[str, dict[str, float]]:
         """For each two kinds of units the sum of the Hessian over all pairs of different units of the model."""
         batches: dict[str, Tensor] = {}
-        for kind in sorted({kind for block in gates for kind in block}):
-            batches[kind] = torch.cat([batch_means(b[kind], self.batch) for b in gates if kind in b], dim=1)
+        for kind in HALVES:
+            of_blocks = [batch_means(block[kind], self.batch) for block in gates if kind in block]
+            batches |= {kind: torch.cat(of_blocks, dim=1)} if of_blocks else {}
         sums = {kind: one.sum(1) for kind, one in batches.items()}
         terms = {a: {b: float((sums[a] * sums[b]).mean()) for b in sums} for a in sums}
         for kind, one in batches.items():  # each unit with itself is its score

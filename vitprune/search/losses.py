@@ -11,14 +11,14 @@ twice.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from .. import parts
-from ..criteria.base import Criterion, Ranking
+from ..criteria.base import Criterion, DimRanking, Ranking
 from ..errors import InputError, NotSupported
 from ..model.vit import Vit
 from ..statistics import Gates, Half, Progress, blocks_of, gate_gradients, stream_blocks
@@ -26,7 +26,7 @@ from ..surgery import check_method
 from .counts import Sizes
 from .evaluate import Evaluator, evaluate_counts
 from .probes import cosine_distance, kl_to_dense
-from .rankings import Rankings, save_index, save_ranking
+from .rankings import DIMS, Dim, Rankings, save_dim_ranking, save_index, save_ranking
 from .survey import Curve, Survey
 
 __all__ = [
@@ -52,12 +52,15 @@ class LossTable:
         tokens: per block, patch tokens left -> E_l(k); an empty dict where there is no token method. A level that no
             plan can reach at that block is missing.
         token_method: name of the token method.
+        qk, v: per block, kept dims of its heads' queries and keys, and of their values -> loss; empty where all stay.
     """
 
     heads: list[Curve]
     mlp: list[Curve]
     tokens: list[Curve]
     token_method: str | None
+    qk: list[Curve] = field(default_factory=list)
+    v: list[Curve] = field(default_factory=list)
 
     def head_loss(self, block: int, kept: int) -> float:
         """Loss when ``block`` keeps ``kept`` heads.
@@ -89,7 +92,8 @@ class LossTable:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, for JSON."""
-        curves = {name: [{str(k): v for k, v in curve.items()} for curve in getattr(self, name)] for name in _CURVES}
+        names = [*_CURVES, *(name for name in DIMS if getattr(self, name))]
+        curves = {name: [{str(k): v for k, v in curve.items()} for curve in getattr(self, name)] for name in names}
         return {**curves, "token_method": self.token_method}
 
     @classmethod
@@ -100,7 +104,10 @@ class LossTable:
             InputError: a key is missing or has another type.
         """
         try:
-            curves = {name: [{int(k): float(v) for k, v in curve.items()} for curve in plain[name]] for name in _CURVES}
+            given = {name: plain[name] for name in _CURVES} | {name: plain[name] for name in DIMS if name in plain}
+            curves = {
+                name: [{int(k): float(v) for k, v in curve.items()} for curve in found] for name, found in given.items()
+            }
             return cls(**curves, token_method=plain["token_method"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"this is not a loss table: {type(error).__name__} {error}") from error
@@ -138,11 +145,13 @@ def measure_losses(
     """
     rank = load_criterion(criterion)
     _check_token_method(model, token_method)
-    gates = gate_gradients(model, images, progress=progress) if rank.needs == "gates" else None
+    dims = bool(sizes.qk or sizes.v)
+    gates = gate_gradients(model, images, dims=dims, progress=progress) if rank.needs == "gates" else None
     survey = Survey(model, sizes, token_method, progress, widths=True, method_weights=method_weights)
     table = LossTable([], [], [], token_method)
     halves: dict[tuple[int, Half], Ranking] = {}
-    for step in stream_blocks(model, images, **_asked(rank)):
+    ranked: dict[tuple[int, Dim], DimRanking] = {}
+    for step in stream_blocks(model, images, dims=dims, **_asked(rank)):
         found = survey.rank(step, rank, gates)
         survey.enter(step, probes)
         table.heads.append(survey.width_curve(step.number, "attn", found.get("attn")))
@@ -150,7 +159,15 @@ def measure_losses(
         table.tokens.append(survey.token_curve(step.number) if token_method else {})
         for half, ranking in found.items():
             halves[step.number, half] = save_ranking(store, step.number, half, ranking) if store else ranking
-    rankings = Rankings(halves, _cross_terms(rank, gates))
+        if dims:
+            of_dims = survey.rank_dims(step, rank, gates)
+            table.qk.append(survey.dims_curve(step.number, "qk", of_dims.get("qk")))
+            table.v.append(survey.dims_curve(step.number, "v", of_dims.get("v")))
+            for kind, found_dims in of_dims.items():
+                ranked[step.number, kind] = (
+                    save_dim_ranking(store, step.number, kind, found_dims) if store else found_dims
+                )
+    rankings = Rankings(halves, ranked, _cross_terms(rank, gates))
     if store:
         save_index(store, rankings)
     return table, rankings
@@ -165,13 +182,16 @@ def rank_units(model: Vit, images: Tensor, criterion: str | Criterion, sizes: Si
     Raises:
         InputError: as ``measure_losses``.
     """
-    rank = load_criterion(criterion)
-    gates = gate_gradients(model, images) if rank.needs == "gates" else None
+    rank, dims = load_criterion(criterion), bool(sizes.qk or sizes.v)
+    gates = gate_gradients(model, images, dims=dims) if rank.needs == "gates" else None
     survey, asked = Survey(model, sizes, None, None, widths=True), _asked(rank)
     halves: dict[tuple[int, Half], Ranking] = {}
-    for step in stream_blocks(model, images if asked else images[:1], **asked):
+    ranked: dict[tuple[int, Dim], DimRanking] = {}
+    for step in stream_blocks(model, images if asked else images[:1], dims=dims, **asked):
         halves |= {(step.number, half): ranking for half, ranking in survey.rank(step, rank, gates).items()}
-    return Rankings(halves, _cross_terms(rank, gates))
+        if dims:
+            ranked |= {(step.number, kind): found for kind, found in survey.rank_dims(step, rank, gates).items()}
+    return Rankings(halves, ranked, _cross_terms(rank, gates))
 
 
 def _asked(criterion: Criterion) -> dict[str, bool]:
