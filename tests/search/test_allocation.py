@@ -133,7 +133,7 @@ def test_savit_needs_the_criterion_that_tells_how_kinds_go_together():
 
 
 def test_an_unknown_rule_is_named():
-    with pytest.raises(InputError, match="an allocation is exact or one of global, per_kind, .*, got 'best'"):
+    with pytest.raises(InputError, match=r"an allocation is exact or one of global, per_kind, .*, got 'best'"):
         Allocation.of("best", rankings(), SIZES, DENSE)
     assert get_args(Rule) == RULES
 

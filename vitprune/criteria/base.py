@@ -192,7 +192,7 @@ class Criterion(ABC):
     def rank(self, layer: LayerView) -> Ranking:
         """The ranking of all units of ``layer``."""
 
-    def cross_terms(self, gates: Sequence[Mapping[Kind, Tensor]]) -> dict[str, dict[str, float]]:  # noqa: ARG002
+    def cross_terms(self, gates: Sequence[Mapping[Kind, Tensor]]) -> dict[str, dict[str, float]]:
         """For each two kinds of units what removing all of both costs beyond their scores; {} where that is no matter.
 
         Args:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from typing import final
 
-import torch
-
 from .base import Criterion, LayerView, Ranking, required
 
 

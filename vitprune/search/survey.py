@@ -80,8 +80,8 @@ class Survey:
             view = self._view(step, half, gates)
             if criterion.whole_blocks and any(view.levels):
                 raise InputError(
-                    f"block {step.number}: this criterion ranks whole blocks, it cannot say which {max(view.levels)} of "
-                    f"{view.units} {half} units to keep; allow all or none of them"
+                    f"block {step.number}: this criterion ranks whole blocks, it cannot say which {max(view.levels)} "
+                    f"of {view.units} {half} units to keep; allow all or none of them"
                 )
             found[half] = _unscaled(criterion.rank(view), layer_scale(block, half))
             self._tell(f"block {step.number}: {half} ranked")

@@ -334,7 +334,7 @@ class Prune(Section):
     criterion: Criterion = Field(default="obs", description="how heads and hidden units are ranked")
     allocation: Literal["exact", Rule] = Field(
         default="exact",
-        description="how the budget is shared: exact, by measured losses and times; or a published rule, to compare, by "
+        description="how the budget is shared: exact, by measured losses and times; or, to compare, a published rule by "
         "the criterion's scores",
     )
 
