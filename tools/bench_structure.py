@@ -3,11 +3,11 @@
     python tools/bench_structure.py --out /tmp/structure
     python tools/bench_structure.py --out /tmp/structure --scores random obs taylor/greedy --speedups 2 --one-shot
 
-A score is a criterion of ``vitprune/criteria``, alone with the exact allocation, or ``criterion/allocation``; all tokens
-stay. Each plan is landed on this device as a build lands it, and each engine is judged on the whole test set, also
+A score is a criterion of ``vitprune/criteria`` with the exact allocation, or ``criterion/allocation``; no tokens are
+removed. Each plan is landed on this device as a build lands it, and each engine is judged on the whole test set, also
 against random's on the same images. Learned methods are those that ``LEARNERS`` names. Finished rows stay in
-OUT/rows.jsonl: run it again after an interruption. They are written as a page of the documentation with
---page vitprune/criteria/COMPARISON.md.
+OUT/rows.jsonl: run it again after an interruption. They are written as a page of the documentation with --page
+vitprune/criteria/COMPARISON.md.
 """
 
 from __future__ import annotations

@@ -308,7 +308,11 @@ def _block_gates(block: Block, entering: TokenState, slope: Tensor, dims: bool) 
     if not sizes:
         return BlockGates({}, {}), slope
     x = entering.x.detach().requires_grad_()
-    with captured_inputs(block) as written, _captured_outputs(in_layers(block)) as read, captured_products(block) as pair:
+    with (
+        captured_inputs(block) as written,
+        _captured_outputs(in_layers(block)) as read,
+        captured_products(block) as pair,
+    ):
         leaving = block(entering._replace(x=x))
     queries = [pair["q"]] if dims and pair else []
     values = [*written.values(), *read.values(), *queries]

@@ -80,7 +80,9 @@ def test_gate_gradients_of_dims_are_those_of_a_factor_on_each_product_and_value(
         block.attn.proj.register_forward_pre_hook(lambda _, x, g=gates[number, "v"]: x[0] * g.flatten(1)[:, None])
     F.cross_entropy(model(pictures), labels, reduction="sum").backward()
     for (number, kind), gate in gates.items():
-        torch.testing.assert_close(found.blocks[number].writing[kind], gate.grad.flatten(1), rtol=1e-9, atol=1e-12)  # fp64
+        torch.testing.assert_close(
+            found.blocks[number].writing[kind], gate.grad.flatten(1), rtol=1e-9, atol=1e-12
+        )  # fp64
     for (with_dims, _), (without, _) in zip(found.blocks, gate_gradients(model, pictures).blocks, strict=True):
         assert without.keys() == {"attn", "mlp"}
         torch.testing.assert_close(with_dims["attn"], without["attn"], rtol=1e-9, atol=1e-12)

@@ -77,6 +77,39 @@ def test_a_last_block_for_the_prefix_alone_is_measured_where_it_is_asked_for(mea
     assert accept(result.table, model.config, request, device) == accept(result.table, model.config, REQUEST, device)
 
 
+def test_heads_with_fewer_dims_are_measured_where_they_are_asked_for(measured, model, tmp_path):
+    request = replace(REQUEST, tokens=(), methods=(), qk=(4,), v=(6,))
+    result = measure_table(model, request, onnxruntime_loader(1), tmp_path)
+    table = result.table
+    assert (table.levels.qk, table.levels.v) == ((8, 4), (8, 6))
+    assert set(table.attn_dims) == {(49, 4, 4, 8), (49, 4, 8, 6), (49, 4, 4, 6)}
+    assert all(entry.measured and entry.ms > 0 for entry in table.attn_dims.values())
+    assert any(whole.counts.qk is not None for whole in result.wholes)
+    assert all(table.predict_ms(whole.counts) > 0 for whole in result.wholes)
+    device = table.circumstances.device
+    assert accept(table, model.config, request, device) == []
+    (warning,) = accept(measured[0].table, model.config, replace(REQUEST, qk=(8, 4)), device)
+    assert "lacks times of some dims of heads" in warning
+
+
+def test_of_a_large_grid_of_dims_some_are_measured():
+    levels = make_levels(tiny_config(heads=2), replace(REQUEST, heads=(2, 1), qk=(16, 12, 8, 4), v=(16, 8)))
+    parts = tables._dim_parts(levels)
+    assert {(part.patches, part.width) for part in parts} == {(n, h) for n in (49, 12) for h in (2, 1)}
+    # the fewest of either, of both, and the middle ones
+    assert {part.dims for part in parts} == {(4, 16), (16, 8), (4, 8), (8, 8)}
+    assert tables._dim_parts(make_levels(tiny_config(), REQUEST)) == []
+
+
+def test_pieces_and_whole_models_have_the_dims_that_are_asked_for(model, tmp_path):
+    path = PieceFiles(model, tmp_path, 2, "fp32", "onnxruntime").attention(3, dims=(4, 6))
+    assert path.stem == "attn3_4_6"
+    shapes = {tuple(one.dims) for one in onnx.load(path).graph.initializer}
+    assert {(32, 3 * 14), (3 * 6, 32)} <= shapes | {shape[::-1] for shape in shapes}
+    made = slim(model, Counts((3,), (64,), (49,), (4,), (6,)), None)
+    assert [(b.heads, b.qk_dim, b.v_dim) for b in made.config.blocks] == [(3, 4, 6)]
+
+
 @pytest.mark.parametrize("slow", [1, 2])
 def test_what_was_measured_on_a_slow_machine_is_measured_again(model, tmp_path, monkeypatch, slow):
     calls = []

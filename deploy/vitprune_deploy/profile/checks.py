@@ -19,6 +19,7 @@ Rule = Callable[[Any], Iterator[Problem]]
 RULES: list[Rule] = []
 BF16_CAPABILITY = 8.0  # Ampere, the first with bf16 in its Tensor Cores
 BLOCK_CRITERIA = ("bi",)  # vitprune.criteria.base.Criterion.whole_blocks, without torch
+NO_DIMS = ("attn_taylor", "bi", "minitron")  # not Criterion.ranks_dims
 COMPILERS = ("openvino", "tensorrt-rtx")  # providers that write EPContext files
 BF16_OPSET = 22  # the first in which a convolution may be in bf16
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # tensorrt_rtx.ComputeCapability, 1.7
@@ -353,6 +354,10 @@ def _allocations_have_what_they_need(p: Any) -> Iterator[Problem]:
         yield "prune.allocation", f"{prune.allocation} knows of no tokens; use exact, or prune.tokens.method none"
     if prune.allocation == "savit" and prune.criterion != "savit":
         yield "prune.allocation", f"savit needs prune.criterion savit, and that is {prune.criterion}"
+    if prune.head_dims.enabled and prune.allocation != "exact":
+        yield "prune.head_dims.enabled", f"must be false with prune.allocation {prune.allocation}; use exact"
+    if prune.head_dims.enabled and prune.criterion in NO_DIMS:
+        yield "prune.head_dims.enabled", f"must be false with prune.criterion {prune.criterion}, which ranks no dims"
 
 
 @_rule
@@ -370,5 +375,6 @@ def _block_criteria_remove_blocks(p: Any) -> Iterator[Problem]:
 @_rule
 def _something_may_be_pruned(p: Any) -> Iterator[Problem]:
     prune = p.prune
-    if prune.tokens.method == "none" and not (prune.heads.enabled or prune.mlp.enabled or prune.depth.enabled):
-        yield "prune", "allows nothing: enable tokens, heads, mlp or depth"
+    widths = (prune.heads, prune.head_dims, prune.mlp, prune.depth)
+    if prune.tokens.method == "none" and not any(one.enabled for one in widths):
+        yield "prune", "allows nothing: enable tokens, heads, head_dims, mlp or depth"
