@@ -52,7 +52,6 @@ SHORT = [
     "prune.tokens.levels=2",
     "search.evaluations=24",
     "search.max_seconds=12",
-    "search.landings=4",
     "recover.max_seconds={recovery}",
 ]
 

@@ -34,13 +34,13 @@ def timm_vit():
     return model
 
 
-def theirs(model, importance, block: int = 0) -> dict[str, torch.Tensor]:
-    """Torch-Pruning's score of every hidden unit, and of every channel that ``proj`` reads."""
+def theirs(model, importance, half: str = "mlp", block: int = 0) -> torch.Tensor:
+    """Torch-Pruning's score of every hidden unit, or of every channel that ``proj`` reads."""
     graph = tp.DependencyGraph().build_dependency(model, example_inputs=images(1))
     mlp, attn = model.blocks[block].mlp, model.blocks[block].attn
-    units = graph.get_pruning_group(mlp.fc1, tp.prune_linear_out_channels, idxs=list(range(128)))
-    channels = graph.get_pruning_group(attn.proj, tp.prune_linear_in_channels, idxs=list(range(32)))
-    return {"mlp": importance(units), "attn": importance(channels)}
+    if half == "mlp":
+        return importance(graph.get_pruning_group(mlp.fc1, tp.prune_linear_out_channels, idxs=list(range(128))))
+    return importance(graph.get_pruning_group(attn.proj, tp.prune_linear_in_channels, idxs=list(range(32))))
 
 
 class Spy(Criterion):
@@ -56,24 +56,24 @@ class Spy(Criterion):
 @pytest.mark.parametrize("power", [1, 2])
 def test_what_a_unit_reads_and_writes_with_is_what_goes_together(timm_vit, power):
     rank_units(convert(timm_vit), images(1), Spy(), SIZES)
-    found = theirs(timm_vit, tp.importance.GroupMagnitudeImportance(power, group_reduction="sum", normalizer=None))
+    summed = tp.importance.GroupMagnitudeImportance(power, group_reduction="sum", normalizer=None)
     for number, half in enumerate(("attn", "mlp")):
         view = Spy.seen[number]
         columns = view.weight.abs().pow(power).sum(0).unflatten(0, (-1, view.unit_size)).sum(1)
-        wanted = found[half].unflatten(0, (-1, view.unit_size)).sum(1)
+        wanted = theirs(timm_vit, summed, half).unflatten(0, (-1, view.unit_size)).sum(1)
         torch.testing.assert_close(view.reads.abs().pow(power).sum(1) + columns, wanted, **CLOSE)
 
 
 def test_magnitude_is_theirs_of_the_layer_that_writes(timm_vit):
     ranking = rank_units(convert(timm_vit), images(1), "magnitude", SIZES).halves[0, "mlp"]
-    members = theirs(timm_vit, tp.importance.GroupMagnitudeImportance(2, group_reduction=None, normalizer=None))["mlp"]
+    members = theirs(timm_vit, tp.importance.GroupMagnitudeImportance(2, group_reduction=None, normalizer=None))
     torch.testing.assert_close(ranking.scores.float(), members[1], **CLOSE)
 
 
 def test_the_weights_of_hidden_units_in_s2vite_are_theirs_with_the_l1_norm(timm_vit):
     ranking = rank_units(convert(timm_vit), images(2), "attn_taylor", SIZES).halves[0, "mlp"]
     summed = tp.importance.GroupMagnitudeImportance(1, group_reduction="sum", normalizer=None)
-    torch.testing.assert_close(ranking.scores.float(), theirs(timm_vit, summed)["mlp"], **CLOSE)
+    torch.testing.assert_close(ranking.scores.float(), theirs(timm_vit, summed), **CLOSE)
 
 
 def test_taylor_and_nvits_sums_are_theirs_for_one_image(timm_vit):
@@ -83,8 +83,8 @@ def test_taylor_and_nvits_sums_are_theirs_for_one_image(timm_vit):
     F.cross_entropy(timm_vit(picture), gates.labels).backward()
     of_group = tp.importance.GroupTaylorImportance(group_reduction=None, normalizer=None, multivariable=True)
     for number in range(2):
-        reading, writing = theirs(timm_vit, of_group, number)["mlp"]
+        reading, writing = theirs(timm_vit, of_group, block=number)
         torch.testing.assert_close(gates.blocks[number].writing["mlp"][0].abs(), writing, **CLOSE)
         torch.testing.assert_close(gates.blocks[number].reading["mlp"][0].abs(), reading, **CLOSE)
     taylor = rank_units(dense, picture, "taylor", SIZES).halves[0, "mlp"]
-    torch.testing.assert_close(taylor.scores.float(), theirs(timm_vit, of_group)["mlp"][1], **CLOSE)
+    torch.testing.assert_close(taylor.scores.float(), theirs(timm_vit, of_group)[1], **CLOSE)

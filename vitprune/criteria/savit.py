@@ -45,12 +45,12 @@ class Savit(Criterion):
 
     def cross_terms(self, gates: Sequence[Mapping[Kind, Tensor]]) -> dict[str, dict[str, float]]:
         """For each two kinds of units the sum of the Hessian over all pairs of different units of the model."""
-        batches: dict[str, Tensor] = {}
+        batches: dict[Half, Tensor] = {}
         for kind in HALVES:
             of_blocks = [batch_means(block[kind], self.batch) for block in gates if kind in block]
             batches |= {kind: torch.cat(of_blocks, dim=1)} if of_blocks else {}
         sums = {kind: one.sum(1) for kind, one in batches.items()}
-        terms = {a: {b: float((sums[a] * sums[b]).mean()) for b in sums} for a in sums}
+        terms: dict[str, dict[str, float]] = {a: {b: float((sums[a] * sums[b]).mean()) for b in sums} for a in sums}
         for kind, one in batches.items():  # each unit with itself is its score
             terms[kind][kind] -= float(one.square().mean(0).sum())
         return terms

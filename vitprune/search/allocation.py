@@ -104,7 +104,7 @@ class Allocation:
                 "the allocation savit weighs heads against hidden units by what the criterion savit alone tells; "
                 "use both or neither"
             )
-        steps = {}
+        steps: dict[Half, list[Step]] = {}
         for (block, kind), ranking in rankings.halves.items():
             wanted = sizes.below(kind, len(ranking.order))
             known = None if losses is None else (losses.heads if kind == "attn" else losses.mlp)[block]

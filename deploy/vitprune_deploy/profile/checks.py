@@ -368,7 +368,7 @@ def _block_criteria_remove_blocks(p: Any) -> Iterator[Problem]:
     if prune.heads.enabled or prune.mlp.enabled or not prune.depth.enabled:
         wish = "heads.enabled and mlp.enabled false, depth.enabled true"
         yield "prune.criterion", f"{prune.criterion} ranks whole blocks; use it with {wish}"
-    if prune.allocation != "global":
+    elif prune.allocation != "global":
         yield "prune.allocation", f"must be global for {prune.criterion}, got {prune.allocation}"
 
 
