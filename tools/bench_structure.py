@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +26,12 @@ from vitprune import parts
 from vitprune.macs import macs
 from vitprune.model.vit import Vit
 from vitprune.plan import Plan
+from vitprune.search.counts import Counts
 from vitprune.search.latency import LatencyTable
 from vitprune.surgery import dense_plan, prune
 from vitprune_deploy.build.bench import Bench, load_vit, save_vit
 from vitprune_deploy.build.make import slim_model
+from vitprune_deploy.build.sizes import sizes
 from vitprune_deploy.build.training import train
 from vitprune_deploy.latency.fingerprint import device_fingerprint, machine_state
 from vitprune_deploy.validate import Paired
@@ -41,7 +44,8 @@ class Learned(NamedTuple):
     model: Vit
 
 
-# by name; takes a bench with its table measured, and the milliseconds that the table may predict
+# By name; takes a bench with its table measured, and the milliseconds that the table may predict for a plan whose last
+# block is whole. It is computed for the class token alone afterwards, as those of the scores' plans are.
 LEARNERS: dict[str, Callable[[Bench, float], Learned]] = {}
 
 PUBLISHED = ["savit/savit", "nvit/nvit", "taylor/global", "taylor/per_kind", "taylor/uniform", "taylor/greedy"]
@@ -116,20 +120,21 @@ class Comparison:
         bench = self._bench(speedup, more + (BLOCKS_ALONE if criterion == "bi" else []), "search")
         found, slim = bench.json("search", "search.json"), slim_model(bench)[0]
         times = {"ms": found["chosen"]["measured_ms"], "dense_ms": found["dense_ms"]}
-        said = found["dense_predicted_ms"] / found["chosen"]["predicted_ms"]
+        said = found["dense_ms"] / found["chosen"]["predicted_ms"]
         return self._judged(f"{name} {speedup:g}x", bench, slim, {**times, "predicted": said, "how": found["status"]})
 
     def _learned(self, name: str, speedup: float) -> dict[str, Any]:
         """A row of a learned method: pruned by the plan that it learned, with the weights that it has then."""
-        bench = self._bench(speedup, [], "losses")
+        bench = self._bench(speedup, [], "measure")
         table = LatencyTable.from_dict(bench.json("measure", "latency_table.json"))
-        dense, blocks = bench.dense, dense_plan(bench.dense).blocks
-        whole = counts_of(Plan("", dense.config.patches, None, blocks))
-        found = LEARNERS[name](bench, table.predict_ms(whole) / speedup)
-        slim, row = prune(found.model, found.plan), f"{name} {speedup:g}x"
-        paths = {"dense": self._engine("dense", dense, bench), "it": self._engine(f"{row} untimed", slim, bench)}
+        dense = dense_plan(bench.dense)
+        whole_ms, early_ms = (table.predict_ms(counts_of(plan)) for plan in (dense, ending_early(dense, bench)))
+        found = LEARNERS[name](bench, whole_ms / speedup + whole_ms - early_ms)
+        plan, row = ending_early(found.plan, bench), f"{name} {speedup:g}x"
+        slim = prune(found.model, plan)
+        paths = {"dense": self._engine("dense", bench.dense, bench), "it": self._engine(row, slim, bench)}
         times = timed(paths, bench.profile, bench.profile.seed, bench.profile.measure.max_seconds or 60.0)
-        said = table.predict_ms(whole) / table.predict_ms(counts_of(found.plan))
+        said = whole_ms / table.predict_ms(counts_of(plan))
         measured = {"ms": times[1].value_ms, "dense_ms": times[0].value_ms, "predicted": said, "how": "learned"}
         return self._judged(row, bench, slim, measured)
 
@@ -217,12 +222,17 @@ def ranked(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["top1"])
 
 
-def counts_of(plan: Plan) -> Any:
-    """How much a plan keeps of each block."""
-    from vitprune.search.counts import Counts
+def ending_early(plan: Plan, bench: Bench) -> Plan:
+    """The plan with its last block computed for the class token alone, where the profile's plans have it so."""
+    if 0 not in sizes(bench).patches:
+        return plan
+    return replace(plan, blocks=(*plan.blocks[:-1], replace(plan.blocks[-1], patches=0)))
 
+
+def counts_of(plan: Plan) -> Counts:
+    """How much a plan keeps of each block."""
     heads, mlp = (tuple(len(getattr(block, kind)) for block in plan.blocks) for kind in ("heads", "mlp"))
-    return Counts(heads, mlp, (plan.patches,) * len(plan.blocks))
+    return Counts(heads, mlp, tuple(plan.patches_after()))
 
 
 def line(row: dict[str, Any]) -> str:

@@ -107,8 +107,7 @@ sead: 3
         "p.yaml:9: budget.percentile: must be <= 99, got 200",
         "p.yaml:10: accuracy.max_drop: must be a number, got true",
         "p.yaml:11: prune.tokens.levels: must be a whole number or a list, got 'foo'",
-        f"p.yaml:11: prune.criterion: must be one of {CRITERIA}, got 'obss';"
-        " did you mean obs?",
+        f"p.yaml:11: prune.criterion: must be one of {CRITERIA}, got 'obss'; did you mean obs?",
         "p.yaml:12: sead: is no key of a profile; did you mean seed?",
     ]
 
