@@ -54,8 +54,9 @@ STATES = ("as it comes", "trained")
 SHORT = [
     "prune.tokens.method=none",
     "prune.tokens.levels=2",
+    "measure.max_seconds=40",
     "search.evaluations=24",
-    "search.max_seconds=12",
+    "search.max_seconds=10",
     "recover.max_seconds={recovery}",
 ]
 
