@@ -32,7 +32,7 @@ class LayerView:
         number: the half's number within the model, so that random choices differ between halves.
         kind: what the units are: ``attn``: heads, ``mlp``: hidden units.
         reads: [units, n] the weights that each unit reads with, biases left out.
-        reading_gates: as ``gates``, of a gate on all weights and biases that a unit reads with; comes with them.
+        reading_gates: as ``gates``, which they come with, at a gate on all weights and biases that a unit reads with.
         labels: [M] the class that each image's loss was of; comes with ``gates``, None without a classifier.
         activations: [M, units * unit_size] mean of |x| over the tokens x of each image; for criteria that need it.
         influence: 1 - cosine of the tokens in front of the half's block and behind it; for criteria that need it.

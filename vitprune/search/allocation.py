@@ -1,7 +1,7 @@
 """The published ways to share a budget between layers and kinds of units, to compare with the exact search.
 
 Each removes units in the order of their half's ranking, in whole steps from one allowed size to the next, so that
-multiples are kept to before anything is ranked, and gives what it removes first until the budget is met:
+multiples are kept to before steps are compared. It goes on until the budget is met. Dims of heads all stay.
 
 * ``global``: the steps of least mean importance, whatever they are of; needs scores that compare between kinds.
 * ``per_kind``: the same share of every kind of unit, ranked within the kind over all layers. Fang et al., Isomorphic
@@ -186,7 +186,7 @@ class Allocation:
                 counts = after(counts, rows["mlp"][j - 1 : j]) if j else counts
                 shares = {"attn": gone["attn"][i] / whole["attn"], "mlp": gone["mlp"][j] / whole["mlp"]}
                 cross = sum(shares[a] * shares[b] * terms[a][b] for a in terms for b in terms[a])
-                yield counts, lost["attn"][i] + lost["mlp"][j] + cross
+                yield counts, max(0.0, lost["attn"][i] + lost["mlp"][j] + cross)
 
     def _kinds(self) -> list[str]:
         return sorted({kind for _, kind in self.steps})
@@ -251,7 +251,7 @@ def after(counts: Counts, steps: Iterable[Step]) -> Counts:
     heads, mlp = list(counts.heads), list(counts.mlp)
     for (block, kind), left, _, _ in steps:
         (heads if kind == "attn" else mlp)[block] = left
-    return Counts(tuple(heads), tuple(mlp), counts.patches)
+    return replace(counts, heads=tuple(heads), mlp=tuple(mlp))
 
 
 def counted(config: VitConfig, what: Literal["macs", "params"]) -> Cost:
