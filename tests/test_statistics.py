@@ -99,13 +99,63 @@ def test_gate_gradients_are_those_of_a_factor_on_each_unit(variant):
             )
     F.cross_entropy(model(pictures), labels, reduction="sum").backward()
     for (number, half), gate in gates.items():
-        torch.testing.assert_close(found[number][half], gate.grad, rtol=1e-9, atol=1e-12)  # fp64
+        torch.testing.assert_close(found.blocks[number].writing[half], gate.grad, rtol=1e-9, atol=1e-12)  # fp64
+    assert torch.equal(found.labels, labels)
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS[:3], {"patches_out": 0}])
+def test_reading_gates_are_the_sums_of_weight_times_gradient_over_what_a_unit_reads_with(variant):
+    last = {"keep": {1: 0}} if variant.pop("patches_out", None) == 0 else {}
+    model, pictures = tiny_vit(**variant, **last).double(), images(1).double()
+    labels = own_labels(model, pictures)
+    found = gate_gradients(model, pictures)
+    F.cross_entropy(model(pictures), labels, reduction="sum").backward()
+    for block, gates in zip(model.blocks, found.blocks, strict=True):
+        for half, linear, units in (("attn", block.attn.qkv, 4), ("mlp", block.mlp.fc1, 64)):
+            rows = (linear.weight * linear.weight.grad).sum(1) + linear.bias * linear.bias.grad
+            wanted = torch.zeros(units, dtype=torch.float64)
+            for row, value in enumerate(rows.tolist()):  # heads: 8 rows of q, k and v each; units: one of fc1, or two
+                wanted[row // 8 % 4 if half == "attn" else row % 64] += value
+            torch.testing.assert_close(gates.reading[half][0], wanted, rtol=1e-9, atol=1e-12)  # fp64
+
+
+@torch.no_grad()
+def test_activations_are_means_over_the_tokens_of_an_image(batched):
+    model, pictures = tiny_vit().double(), images(20).double()
+    whole = whole_inputs(model, pictures)
+    for step in stream_blocks(model, pictures, activations=True):
+        assert not step.moments
+        for half in ("attn", "mlp"):
+            torch.testing.assert_close(step.activations[half], whole[step.number, half].abs().mean(1))
+
+
+@torch.no_grad()
+def test_influence_is_what_a_block_turns_its_tokens_by(batched):
+    model, pictures = tiny_vit(), images(20)
+    model.blocks[1].attn.proj.weight.zero_()
+    model.blocks[1].mlp.fc2.weight.zero_()
+    for linear in (model.blocks[1].attn.proj, model.blocks[1].mlp.fc2):
+        linear.bias.zero_()
+    first, idle = [step.influence for step in stream_blocks(model, pictures, influence=True)]
+    before = model.embed(pictures)
+    turned = 1 - F.cosine_similarity(before.x, model.blocks[0](before).x, dim=-1)
+    assert first == pytest.approx(float(turned.mean()), rel=1e-5)
+    assert idle == pytest.approx(0, abs=1e-12)
+
+
+@torch.no_grad()
+def test_a_block_that_leaves_the_prefix_alone_is_compared_by_it():
+    model, pictures = tiny_vit(keep={1: 0}), images(4)
+    last = list(stream_blocks(model, pictures, influence=True))[1]
+    before = model.blocks[0](model.embed(pictures))
+    turned = 1 - F.cosine_similarity(before.x[:, :1], model.blocks[1](before).x, dim=-1)
+    assert last.influence == pytest.approx(float(turned.mean()), rel=1e-5)
 
 
 def test_a_gate_gradient_is_the_slope_of_the_loss():
     model, pictures = tiny_vit().double(), images(1).double()
     labels = own_labels(model, pictures)
-    found = gate_gradients(model, pictures)[0]["mlp"][0, 7]
+    found = gate_gradients(model, pictures).blocks[0].writing["mlp"][0, 7]
     weight = model.blocks[0].mlp.fc2.weight
     losses = []
     for gate in (1 + 1e-5, 1 - 1e-5):
@@ -123,16 +173,20 @@ def test_batches_leave_the_gradients_of_an_image_alone(monkeypatch):
     monkeypatch.setattr(statistics, "ELEMENTS_PER_BATCH", 10_000)
     reports = []
     parts = gate_gradients(model, pictures, progress=lambda done, total, what: reports.append((done, total)))
-    for one, other in zip(whole, parts, strict=True):
+    for one, other in zip(whole.blocks, parts.blocks, strict=True):
         for half in ("attn", "mlp"):
-            torch.testing.assert_close(one[half], other[half], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(one.writing[half], other.writing[half], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(one.reading[half], other.reading[half], rtol=1e-9, atol=1e-12)
+    assert torch.equal(whole.labels, parts.labels)
     assert reports == [(3, 9), (6, 9), (9, 9)]
 
 
 def test_models_without_classifier_have_gate_gradients_too():
     found = gate_gradients(tiny_vit(classes=0), images(3))
-    assert found[0]["attn"].shape == (3, 4)
-    assert all(float(part.abs().sum()) > 0 for block in found for part in block.values())
+    assert found.blocks[0].writing["attn"].shape == found.blocks[0].reading["attn"].shape == (3, 4)
+    assert found.labels is None
+    halves = [part for block in found.blocks for gates in block for part in gates.values()]
+    assert all(float(part.abs().sum()) > 0 for part in halves)
 
 
 def test_batches_shrink_as_models_grow():

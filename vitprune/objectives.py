@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from .errors import InputError
 from .model.config import VitConfig
 from .model.state import TokenState
 from .model.vit import Vit, make_norm
+from .statistics import whole_last_block
 from .tokens.base import Recipe, Reducer
 
 WRONG = -1.0  # reward of a wrong answer
@@ -68,7 +68,7 @@ class Objective(ABC):
 
     def outputs(self, model: Vit, images: Tensor) -> Outputs:
         """What ``model``, the student or the teacher, says of ``images`` [B, C, H, W]."""
-        with _whole_last_block(model) if self.reads_patches(model) else nullcontext():
+        with whole_last_block(model) if self.reads_patches(model) else nullcontext():
             state = model.tokens(images)
             draws = None if state.log_chance is None else _draws(model, images, state)
         tokens, kept = self.compared(model, state)
@@ -163,17 +163,6 @@ class Published(Objective):
             kept = torch.ones_like(error) if student.kept is None else student.kept
             loss = loss + recipe.tokens * (error * kept).sum() / kept.sum().clamp_min(1)
         return loss
-
-
-@contextmanager
-def _whole_last_block(model: Vit) -> Iterator[None]:
-    """Inside, the last block is computed for all tokens."""
-    last: Any = model.blocks[-1]
-    before, last.prefix_only = last.prefix_only, False
-    try:
-        yield
-    finally:
-        last.prefix_only = before
 
 
 def _draws(model: Vit, images: Tensor, state: TokenState) -> Draws:

@@ -21,6 +21,12 @@ def layer(units: int = 6, unit_size: int = 2) -> LayerView:
         levels=(units, units - 1, 2, 0),
         moments=inputs.T @ inputs / 100,
         gates=torch.randn(30, units, generator=generator),
+        reads=torch.randn(units, 7, generator=generator),
+        reading_gates=torch.randn(30, units, generator=generator),
+        labels=torch.randint(3, (30,), generator=generator),
+        activations=torch.rand(30, units * unit_size, generator=generator),
+        influence=0.1,
+        kind="mlp" if unit_size == 1 else "attn",
     )
 
 
@@ -86,7 +92,20 @@ def test_more_units_than_there_are_cannot_be_kept():
         Ranking.from_scores(torch.zeros(3)).kept(4)
 
 
-@pytest.mark.parametrize("criterion", [Taylor(), Fisher()])
-def test_gate_criteria_say_that_they_need_gates(criterion):
-    with pytest.raises(InputError, match="needs the layer's gates, got none"):
+@pytest.mark.parametrize("name", sorted(set(parts.names("vitprune.criteria")) - {"magnitude", "random"}))
+def test_criteria_say_what_they_lack(name):
+    criterion = parts.load("vitprune.criteria", name, Criterion)()
+    with pytest.raises(InputError, match=f"the criterion {name} needs the layer's [a-z ]+, got none"):
         criterion.rank(LayerView(torch.ones(1, 3), 1))
+
+
+def test_random_scores_are_the_shares_of_a_half_that_have_gone():
+    ranking = Random().rank(LayerView(torch.ones(1, 4), 1))
+    assert ranking.importances() == [0.25, 0.5, 0.75, 1]
+
+
+def test_importances_come_in_order_of_removal():
+    ranking = Ranking.from_scores(torch.tensor([5.0, 1.0, 3.0]))
+    assert ranking.importances() == [1, 3, 5]
+    unscored = Ranking(torch.tensor([1, 2, 0]), torch.tensor([0.0, 0.125, 0.25, 1.0]))
+    assert unscored.importances() == [0.125, 0.125, 0.75]

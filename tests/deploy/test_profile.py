@@ -9,11 +9,13 @@ import jsonschema
 import pytest
 import yaml
 
+from vitprune import parts
+from vitprune.criteria.base import Criterion
 from vitprune.errors import InputError
 from vitprune_deploy import processor
 from vitprune_deploy.backends import onnxruntime
 from vitprune_deploy.profile import commented_yaml, json_schema, list_profiles, load_fleet, load_profile, patch_size
-from vitprune_deploy.profile.checks import PROVIDERS
+from vitprune_deploy.profile.checks import BLOCK_CRITERIA, NO_DIMS, PROVIDERS
 
 SMALL = """\
 model: {name: vit_tiny_patch16_224}
@@ -70,6 +72,15 @@ def test_jetsons_and_the_h100_ask_for_classic_tensorrt():
         assert "tensorrt-rtx" not in device["device"]["runtimes"]
 
 
+CRITERIA = "attn_taylor, bi, fisher, magnitude, minitron, nvit, obs, random, savit, taylor, xpruner"
+
+
+def test_profiles_know_what_criteria_cannot_do():
+    kinds = {name: parts.load("vitprune.criteria", name, Criterion) for name in CRITERIA.split(", ")}
+    assert {name for name, kind in kinds.items() if kind.whole_blocks} == set(BLOCK_CRITERIA)
+    assert {name for name, kind in kinds.items() if not kind.ranks_dims} == set(NO_DIMS)
+
+
 def test_all_errors_come_at_once_in_the_order_of_the_file(write):
     text = """\
 model:
@@ -96,8 +107,7 @@ sead: 3
         "p.yaml:9: budget.percentile: must be <= 99, got 200",
         "p.yaml:10: accuracy.max_drop: must be a number, got true",
         "p.yaml:11: prune.tokens.levels: must be a whole number or a list, got 'foo'",
-        "p.yaml:11: prune.criterion: must be one of fisher, magnitude, obs, random, taylor, got 'obss';"
-        " did you mean obs?",
+        f"p.yaml:11: prune.criterion: must be one of {CRITERIA}, got 'obss'; did you mean obs?",
         "p.yaml:12: sead: is no key of a profile; did you mean seed?",
     ]
 
@@ -196,6 +206,25 @@ sead: 3
         ("recover: {recipe: theirs}", "recover.recipe: must be 'distil' or 'published', got 'theirs'"),
         ("prune: {tokens: {levels: [0.5, 1.5]}}", "prune.tokens.levels.1: must be <= 1, got 1.5"),
         ("prune: {tokens: {method: [evit, tomee]}}", "prune.tokens.method.1: must be one of ats_fixed, "),
+        ("prune: {allocation: best}", "prune.allocation: must be 'exact', 'global', 'per_kind', 'uniform', 'greedy', "),
+        ("prune: {allocation: global}", "prune.allocation: global knows of no tokens; use exact, or prune.tokens"),
+        (
+            "prune: {tokens: {method: none}, allocation: savit}",
+            "prune.allocation: savit needs prune.criterion savit, and that is obs",
+        ),
+        (
+            "prune: {tokens: {method: none}, allocation: global, head_dims: {enabled: true}}",
+            "prune.head_dims.enabled: must be false with prune.allocation global; use exact",
+        ),
+        (
+            "prune: {criterion: minitron, head_dims: {enabled: true}}",
+            "prune.head_dims.enabled: must be false with prune.criterion minitron, which ranks no dims",
+        ),
+        ("prune: {criterion: bi}", "prune.criterion: bi ranks whole blocks; use it with heads.enabled and mlp.enabled"),
+        (
+            "prune: {criterion: bi, heads: {enabled: false}, mlp: {enabled: false}}",
+            "prune.allocation: must be global for bi, got exact",
+        ),
         ("prune: {tokens: {schedule: published-0.7}}", "prune.tokens.schedule: belongs to one token method"),
         ("prune: {tokens: {method: evit, schedule: {3: 0}}}", "prune.tokens.schedule.3: must be >= 1, got 0"),
         ("prune: {tokens: {method: evitt}}", "prune.tokens.method: must be one of auto, none, "),

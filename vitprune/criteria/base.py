@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from ..model.vit import Block, LayerScale
-from ..statistics import BlockPass, Half, Kind, out_layers
+from ..statistics import BlockGates, BlockPass, Half, Kind, out_layers
+
+T = TypeVar("T")
+Needs = Literal["moments", "gates", "activations", "influence"] | None
+NO_GATES = BlockGates({}, {})
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,12 @@ class LayerView:
         moments: [units * unit_size, the same] mean of x x^T over calibration tokens x; for criteria that need it.
         gates: [M, units] gradient of the loss of each image at a gate of 1; for criteria that need it.
         number: the half's number within the model, so that random choices differ between halves.
+        kind: what the units are: ``attn``: heads, ``mlp``: hidden units.
+        reads: [units, n] the weights that each unit reads with, biases left out.
+        reading_gates: as ``gates``, which they come with, at a gate on all weights and biases that a unit reads with.
+        labels: [M] the class that each image's loss was of; comes with ``gates``, None without a classifier.
+        activations: [M, units * unit_size] mean of |x| over the tokens x of each image; for criteria that need it.
+        influence: 1 - cosine of the tokens in front of the half's block and behind it; for criteria that need it.
     """
 
     weight: Tensor
@@ -34,6 +44,12 @@ class LayerView:
     moments: Tensor | None = None
     gates: Tensor | None = None
     number: int = 0
+    kind: Literal["attn", "mlp"] = "mlp"
+    reads: Tensor | None = None
+    reading_gates: Tensor | None = None
+    labels: Tensor | None = None
+    activations: Tensor | None = None
+    influence: float | None = None
 
     @property
     def units(self) -> int:
@@ -56,6 +72,8 @@ class DimsView:
         moments: [heads, dims, dims] of the inputs of each head's columns; for criteria that need it.
         gates: [M, heads * dims] gradient of the loss of each image at a gate of 1; for criteria that need it.
         number: of this kind within the model, as in ``LayerView``.
+        reading_gates: [M, heads * dims] as in ``LayerView``; of queries and keys, the queries' alone.
+        labels: as in ``LayerView``.
     """
 
     heads: int
@@ -64,6 +82,8 @@ class DimsView:
     moments: Tensor | None = None
     gates: Tensor | None = None
     number: int = 0
+    reading_gates: Tensor | None = None
+    labels: Tensor | None = None
 
     def by_head(self) -> list[LayerView]:
         """Each head's dims as the units of a layer of its own."""
@@ -72,7 +92,7 @@ class DimsView:
         gates = [None] * self.heads if self.gates is None else self.gates.split(dims, dim=1)
         moments = [None] * self.heads if self.moments is None else self.moments
         return [
-            LayerView(weight, 1, self.levels, moment, gate, self.number * self.heads + head)
+            LayerView(weight, 1, self.levels, moment, gate, self.number * self.heads + head, labels=self.labels)
             for head, (weight, moment, gate) in enumerate(zip(weights, moments, gates, strict=True))
         ]
 
@@ -87,12 +107,14 @@ class Ranking:
         weights: kept count -> compensated weight [C, kept * unit_size] of the kept columns, units ascending; empty
             for criteria that leave weights as they are.
         total: what an error of 1 stands for, so that errors of several rankings can be added.
+        scores: [units] importance as the criterion counts it, to compare with that of other halves; None: it has none.
     """
 
     order: Tensor
     error: Tensor
     weights: Mapping[int, Tensor] = field(default_factory=dict)
     total: float = 1.0
+    scores: Tensor | None = None
 
     @classmethod
     def from_scores(cls, scores: Tensor) -> Ranking:
@@ -100,7 +122,13 @@ class Ranking:
         scores = scores.double()
         order = scores.argsort(stable=True)
         sums = torch.cat([scores.new_zeros(1), scores[order].cumsum(0)])
-        return cls(order, sums / sums[-1].clamp_min(torch.finfo(torch.float64).tiny), total=float(sums[-1]))
+        total = float(sums[-1])
+        return cls(order, sums / max(total, torch.finfo(torch.float64).tiny), total=total, scores=scores)
+
+    def importances(self) -> list[float]:
+        """Of each unit in order of removal: its score, or without scores by how much the error rises."""
+        found = self.error.diff() if self.scores is None else self.scores[self.order]
+        return [float(value) for value in found]
 
     def kept(self, count: int) -> tuple[int, ...]:
         """The ``count`` units that go last, ascending.
@@ -154,16 +182,28 @@ class Criterion(ABC):
     """An importance criterion for heads, their dims, and MLP units.
 
     Attributes:
-        needs: what of ``LayerView`` must be there besides the weight.
+        needs: what of ``LayerView`` must be there besides the weights.
+        whole_blocks: it tells blocks apart, not the units of a half.
+        ranks_dims: it tells the dims of heads apart, too.
         compensates: the units that stay make up for those that go.
     """
 
-    needs: ClassVar[Literal["moments", "gates"] | None] = None
+    needs: ClassVar[Needs] = None
+    whole_blocks: ClassVar[bool] = False
+    ranks_dims: ClassVar[bool] = True
     compensates: ClassVar[bool] = False
 
     @abstractmethod
     def rank(self, layer: LayerView) -> Ranking:
         """The ranking of all units of ``layer``."""
+
+    def cross_terms(self, gates: Sequence[Mapping[Kind, Tensor]]) -> dict[str, dict[str, float]]:
+        """For each two kinds of units what removing all of both costs beyond their scores; {} where that is no matter.
+
+        Args:
+            gates: per block, as ``LayerView.gates`` by kind.
+        """
+        return {}
 
     def rank_dims(self, dims: DimsView) -> DimRanking:
         """The ranking of the dims of a block's heads: each head's own, so that all lose equally many.
@@ -188,7 +228,12 @@ def layer_scale(block: Block, half: Half) -> Tensor:
 
 
 def query_key_view(
-    block: Block, step: BlockPass, gates: Mapping[Kind, Tensor], levels: tuple[int, ...] = (), number: int = 0
+    block: Block,
+    step: BlockPass,
+    gates: BlockGates = NO_GATES,
+    levels: tuple[int, ...] = (),
+    number: int = 0,
+    labels: Tensor | None = None,
 ) -> DimsView:
     """The dims of queries and keys of a block with attention, from what ``statistics`` found about it with ``dims``."""
     attn = block.attn
@@ -203,10 +248,13 @@ def query_key_view(
     if step.products is not None:
         by_head = sizes.unflatten(0, (attn.heads, -1)).to(step.products)
         moments = step.products / (by_head[:, :, None] * by_head[:, None]).clamp_min(1e-30)
-    return DimsView(attn.heads, sizes[None].to(attn.qkv.weight), levels, moments, gates.get("qk"), number)
+    weight, writing, reading = sizes[None].to(attn.qkv.weight), gates.writing.get("qk"), gates.reading.get("qk")
+    return DimsView(attn.heads, weight, levels, moments, writing, number, reading, labels)
 
 
-def value_view(block: Block, step: BlockPass, gates: Mapping[Kind, Tensor], number: int = 0) -> DimsView:
+def value_view(
+    block: Block, step: BlockPass, gates: BlockGates = NO_GATES, number: int = 0, labels: Tensor | None = None
+) -> DimsView:
     """The dims of values of a block with attention, from what ``statistics`` found about it."""
     attn = block.attn
     moments = None
@@ -214,10 +262,10 @@ def value_view(block: Block, step: BlockPass, gates: Mapping[Kind, Tensor], numb
         sizes = (attn.heads, attn.v_dim)
         moments = step.moments["attn"].unflatten(0, sizes).unflatten(2, sizes).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     weight = attn.proj.weight.detach() * layer_scale(block, "attn")
-    return DimsView(attn.heads, weight, (), moments, gates.get("v"), number)
+    return DimsView(attn.heads, weight, (), moments, gates.writing.get("v"), number, gates.reading.get("v"), labels)
 
 
-def required(value: Tensor | None, criterion: str, name: str) -> Tensor:
+def required(value: T | None, criterion: str, name: str) -> T:
     """``value``, which must be there.
 
     Raises:
@@ -226,3 +274,12 @@ def required(value: Tensor | None, criterion: str, name: str) -> Tensor:
     if value is None:
         raise InputError(f"the criterion {criterion} needs the layer's {name}, got none")
     return value
+
+
+def batch_means(gates: Tensor, batch: int) -> Tensor:
+    """``gates`` [M, units] of single images as [batches, units], the gradients of the mean loss of ``batch`` images.
+
+    A last batch that is smaller is left out, unless there is no other.
+    """
+    whole = gates[: len(gates) // batch * batch] if len(gates) >= batch else gates
+    return torch.stack([some.mean(0) for some in whole.double().split(batch)])

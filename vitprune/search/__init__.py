@@ -22,6 +22,7 @@ are imported when they are first used; only those of ``losses`` need torch.
 Where to bring your own:
 
 * losses: fill a ``LossTable`` with any numbers that add up, in any unit; or weight them, ``problem.reweighted``.
+* how a budget is shared: ``problem.allocated("global", rankings)`` is solved by a published rule, see ``allocation``.
 * times: ``LatencyTable.fill`` takes measured ``Pieces`` from anywhere; ``land`` takes any ``measure``.
 * choices that a ``Problem`` does not know (weight patterns): describe blocks by ``Stay``, ``Move`` and
   ``Either`` and call ``solve`` yourself; it knows nothing but losses, times and labels.
@@ -33,30 +34,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .allocation import Allocation, counted
     from .choices import Block, Choice, Either, Move, Stay
     from .correct import Effort, Refined, refine
     from .counts import Counts, Sizes, TokenMethod
     from .frontier import Point, from_rows, pick, to_rows
     from .landing import Approach, Landed, Measured, Target, land
     from .latency import Circumstances, LatencyTable, Levels, Pieces
-    from .losses import Evaluator, LossTable, Rankings, measure_losses, with_token_method
+    from .losses import Evaluator, LossTable, Rankings, measure_losses, rank_units, with_token_method
     from .problem import Plans, Problem, ladder, multiples
     from .solver import Frontier, Solution, solve
 
 _HOMES = {
+    "allocation": ("Allocation", "counted"),
     "choices": ("Block", "Choice", "Either", "Move", "Stay"),
     "correct": ("Effort", "Refined", "refine"),
     "counts": ("Counts", "Sizes", "TokenMethod"),
     "frontier": ("Point", "from_rows", "pick", "to_rows"),
     "landing": ("Approach", "Landed", "Measured", "Target", "land"),
     "latency": ("Circumstances", "LatencyTable", "Levels", "Pieces"),
-    "losses": ("Evaluator", "LossTable", "Rankings", "measure_losses", "with_token_method"),
+    "losses": ("Evaluator", "LossTable", "Rankings", "measure_losses", "rank_units", "with_token_method"),
     "problem": ("Plans", "Problem", "ladder", "multiples"),
     "solver": ("Frontier", "Solution", "solve"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Allocation",
     "Approach",
     "Block",
     "Choice",
@@ -83,12 +87,14 @@ __all__ = [
     "Stay",
     "Target",
     "TokenMethod",
+    "counted",
     "from_rows",
     "ladder",
     "land",
     "measure_losses",
     "multiples",
     "pick",
+    "rank_units",
     "refine",
     "solve",
     "to_rows",

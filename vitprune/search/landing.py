@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ..errors import BudgetUnreachable, InputError
+from .allocation import Allocated
 from .correct import Evaluate
 from .counts import Counts
 from .frontier import Point
@@ -290,7 +291,7 @@ class _Run:
         return Landed(status, chosen, self.budget_ms, self.dense_ms, rows, self.problem.table, reason)
 
 
-def _between(plans: Plans, low_ms: float, high_ms: float, seen: set[Counts]) -> list[Point]:
+def _between(plans: Plans | Allocated, low_ms: float, high_ms: float, seen: set[Counts]) -> list[Point]:
     """The distinct best plans for budgets from ``high_ms`` down to ``low_ms`` that are not in ``seen``."""
     found: dict[Counts, Point] = {}
     for budget_ms in np.linspace(high_ms, low_ms, 24):

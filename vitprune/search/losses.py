@@ -21,7 +21,7 @@ from .. import parts
 from ..criteria.base import Criterion, DimRanking, Ranking
 from ..errors import InputError, NotSupported
 from ..model.vit import Vit
-from ..statistics import Half, Progress, blocks_of, gate_gradients, stream_blocks
+from ..statistics import Gates, Half, Progress, blocks_of, gate_gradients, stream_blocks
 from ..surgery import check_method
 from .counts import Sizes
 from .evaluate import Evaluator, evaluate_counts
@@ -38,6 +38,7 @@ __all__ = [
     "evaluate_counts",
     "kl_to_dense",
     "measure_losses",
+    "rank_units",
     "with_token_method",
 ]
 
@@ -120,7 +121,7 @@ def measure_losses(
     images: Tensor,
     sizes: Sizes,
     *,
-    criterion: str = "obs",
+    criterion: str | Criterion = "obs",
     token_method: str | None = None,
     method_weights: Mapping[str, Tensor] | None = None,
     probes: int = 64,
@@ -132,7 +133,7 @@ def measure_losses(
     Args:
         model: the dense model; changed and restored meanwhile.
         images: calibration images [M, channels, height, width].
-        criterion: name of a file in ``vitprune/criteria``.
+        criterion: name of a file in ``vitprune/criteria``; or one with other settings than its authors'.
         token_method: name of a file in ``vitprune/tokens``.
         method_weights: of the token method, as ``surgery.prune`` takes them.
         probes: how many of the images the KLs are measured on.
@@ -140,9 +141,9 @@ def measure_losses(
 
     Raises:
         NotSupported: the token method cannot act on this model.
+        InputError: the criterion ranks whole blocks, and ``sizes`` has others than all or none.
     """
-    kind: Any = Criterion  # an abstract class is no type[...] to mypy
-    rank: Criterion = parts.load("vitprune.criteria", criterion, kind)()
+    rank = load_criterion(criterion)
     _check_token_method(model, token_method)
     dims = bool(sizes.qk or sizes.v)
     gates = gate_gradients(model, images, dims=dims, progress=progress) if rank.needs == "gates" else None
@@ -150,8 +151,8 @@ def measure_losses(
     table = LossTable([], [], [], token_method)
     halves: dict[tuple[int, Half], Ranking] = {}
     ranked: dict[tuple[int, Dim], DimRanking] = {}
-    for step in stream_blocks(model, images, moments=rank.needs == "moments", dims=dims):
-        found = survey.rank(step, rank, gates[step.number] if gates else {})
+    for step in stream_blocks(model, images, dims=dims, **_asked(rank)):
+        found = survey.rank(step, rank, gates)
         survey.enter(step, probes)
         table.heads.append(survey.width_curve(step.number, "attn", found.get("attn")))
         table.mlp.append(survey.width_curve(step.number, "mlp", found.get("mlp")))
@@ -159,17 +160,54 @@ def measure_losses(
         for half, ranking in found.items():
             halves[step.number, half] = save_ranking(store, step.number, half, ranking) if store else ranking
         if dims:
-            of_dims = survey.rank_dims(step, rank, gates[step.number] if gates else {})
+            of_dims = survey.rank_dims(step, rank, gates)
             table.qk.append(survey.dims_curve(step.number, "qk", of_dims.get("qk")))
             table.v.append(survey.dims_curve(step.number, "v", of_dims.get("v")))
             for kind, found_dims in of_dims.items():
                 ranked[step.number, kind] = (
                     save_dim_ranking(store, step.number, kind, found_dims) if store else found_dims
                 )
-    rankings = Rankings(halves, ranked)
+    rankings = Rankings(halves, ranked, _cross_terms(rank, gates))
     if store:
         save_index(store, rankings)
     return table, rankings
+
+
+def rank_units(model: Vit, images: Tensor, criterion: str | Criterion, sizes: Sizes) -> Rankings:
+    """The rankings of ``measure_losses`` without its losses: what the criterion alone says of ``model``.
+
+    Args:
+        images, criterion, sizes: as ``measure_losses`` takes them.
+
+    Raises:
+        InputError: as ``measure_losses``.
+    """
+    rank, dims = load_criterion(criterion), bool(sizes.qk or sizes.v)
+    gates = gate_gradients(model, images, dims=dims) if rank.needs == "gates" else None
+    survey, asked = Survey(model, sizes, None, None, widths=True), _asked(rank)
+    halves: dict[tuple[int, Half], Ranking] = {}
+    ranked: dict[tuple[int, Dim], DimRanking] = {}
+    for step in stream_blocks(model, images if asked else images[:1], dims=dims, **asked):
+        halves |= {(step.number, half): ranking for half, ranking in survey.rank(step, rank, gates).items()}
+        if dims:
+            ranked |= {(step.number, kind): found for kind, found in survey.rank_dims(step, rank, gates).items()}
+    return Rankings(halves, ranked, _cross_terms(rank, gates))
+
+
+def _asked(criterion: Criterion) -> dict[str, bool]:
+    """What ``stream_blocks`` must look at."""
+    return {} if criterion.needs in (None, "gates") else {criterion.needs: True}
+
+
+def _cross_terms(criterion: Criterion, gates: Gates | None) -> dict[str, dict[str, float]]:
+    return criterion.cross_terms([block.writing for block in gates.blocks]) if gates else {}
+
+
+def load_criterion(named: str | Criterion) -> Criterion:
+    """The criterion of the file ``named`` in ``vitprune/criteria``, with its authors' settings; or ``named`` itself."""
+    kind: Any = Criterion  # an abstract class is no type[...] to mypy
+    found: Criterion = parts.load("vitprune.criteria", named, kind)() if isinstance(named, str) else named
+    return found
 
 
 def with_token_method(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, combinations
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import BudgetUnreachable, InputError
+from .allocation import Allocated, Allocation, Rule
 from .choices import Block, Choice, Either, Move, Part, Stay
 from .counts import Counts, Sizes, TokenMethod
 from .frontier import Point
@@ -16,6 +18,7 @@ from .solver import Frontier, Solution, solve
 
 if TYPE_CHECKING:
     from .losses import LossTable
+    from .rankings import Rankings
 
 Unit = tuple[int, str]  # (block, "heads" | "mlp" | "tokens" | "qk" | "v"): what has a loss of its own
 
@@ -52,6 +55,7 @@ class Problem:
         sizes: a size that a block has no loss for is passed over there; patches must be levels of the table.
         weights: what the losses of a unit are multiplied by, 1 where it is not named.
         schedule: patch tokens that leave each block, where that is no choice; None: it is one.
+        allocation: a published rule in place of the exact search; None: the exact search. See ``allocated``.
     """
 
     table: LatencyTable
@@ -60,6 +64,7 @@ class Problem:
     sizes: Sizes
     weights: Mapping[Unit, float] = field(default_factory=dict)
     schedule: tuple[int, ...] | None = None
+    allocation: Allocation | None = None
 
     def __post_init__(self) -> None:
         if self.method is not None and self.losses.token_method != self.method.judged_as:
@@ -80,6 +85,21 @@ class Problem:
     def reweighted(self, weights: Mapping[Unit, float]) -> Problem:
         """The same problem with other weights of the losses."""
         return replace(self, weights=dict(weights))
+
+    def allocated(self, rule: Rule, rankings: Rankings) -> Problem:
+        """The same problem, solved by a published rule (``vitprune.search.allocation``) in place of the exact search.
+
+        Raises:
+            InputError: tokens are a choice too, or ``Allocation.of`` refuses.
+        """
+        if self.method is not None:
+            raise InputError(
+                f"the allocation {rule} knows of no tokens, and {self.method.name} removes some; use the exact one, or "
+                "no token method"
+            )
+        whole = self.dense()
+        start = replace(whole, patches=(*whole.patches[:-1], 0)) if self.ends_early else whole
+        return replace(self, allocation=Allocation.of(rule, rankings, self.sizes, start, self.losses))
 
     def on(self, table: LatencyTable) -> Problem:
         """The same problem on another table."""
@@ -153,9 +173,14 @@ class Problem:
             n = left
         return found
 
-    def solve(self, budgets_ms: Sequence[float], *, slack: float = 0.002) -> Plans:
+    def solve(self, budgets_ms: Sequence[float], *, slack: float = 0.002) -> Plans | Allocated:
         """The best plans from the smallest to the largest budget, in one pass; see ``solver.solve``."""
+        if self.allocation is not None:
+            return Allocated(self.allocation, self.predict_ms, self._sum_of_losses)
         return Plans(self, solve(self.blocks(), self.constant_ms(), budgets_ms, slack=slack))
+
+    def _sum_of_losses(self, counts: Counts) -> float:
+        return math.fsum(self.weights.get(unit, 1.0) * loss for unit, loss in self.losses_of(counts).items())
 
     def constant_ms(self) -> list[float]:
         """By token level, the time of what is no choice: overhead, stem and head."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,10 +28,15 @@ DIMS: tuple[Dim, Dim] = ("qk", "v")
 
 @dataclass(frozen=True)
 class Rankings:
-    """The ranking of each half that a model has, by block and half; and of the dims of heads, where some may go."""
+    """The ranking of each half that a model has, by block and half; and of the dims of heads, where some may go.
+
+    Attributes:
+        cross_terms: what the criterion says of how kinds of units go together; see ``Criterion.cross_terms``.
+    """
 
     halves: Mapping[tuple[int, Half], Ranking]
     dims: Mapping[tuple[int, Dim], DimRanking] = field(default_factory=dict)
+    cross_terms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def plan(
         self,
@@ -148,6 +153,7 @@ class Rankings:
         return cls(
             {key: load_ranking(_file(store, *key)) for key in keys},  # type: ignore[misc]
             {key: load_dim_ranking(_file(store, *key)) for key in dims},  # type: ignore[misc]
+            index.get("cross_terms", {}),
         )
 
 
@@ -173,9 +179,11 @@ def save_ranking(store: Path, block: int, half: Half, ranking: Ranking) -> Ranki
     """``ranking`` as it is read back from the folder ``store``, so that its weights take no memory."""
     path = _file(store, block, half)
     tensors = {"order": ranking.order, "error": ranking.error}
+    if ranking.scores is not None:
+        tensors["scores"] = ranking.scores
     tensors |= {f"kept_{count}": weight for count, weight in ranking.weights.items()}
     _write(path, tensors)
-    return Ranking(ranking.order, ranking.error, StoredWeights(path, sorted(ranking.weights)))
+    return replace(ranking, weights=StoredWeights(path, sorted(ranking.weights)))
 
 
 def save_dim_ranking(store: Path, block: int, kind: Dim, ranking: DimRanking) -> DimRanking:
@@ -209,9 +217,11 @@ def _read_layer(path: Path) -> LayerView:
 def save_index(store: Path, rankings: Rankings) -> None:
     """Note in the folder which halves there are: written last, so that an interrupted folder does not load."""
     half_written = store / f"{INDEX}.part"
-    index = {"halves": [f"{block}.{half}" for block, half in sorted(rankings.halves)]}
+    index: dict[str, Any] = {"halves": [f"{block}.{half}" for block, half in sorted(rankings.halves)]}
     if rankings.dims:
         index["dims"] = [f"{block}.{kind}" for block, kind in sorted(rankings.dims)]
+    if rankings.cross_terms:
+        index["cross_terms"] = rankings.cross_terms
     half_written.write_text(json.dumps(index), encoding="utf-8")
     half_written.replace(store / INDEX)
 
@@ -220,8 +230,10 @@ def load_ranking(path: Path) -> Ranking:
     """The ranking that ``save_ranking`` wrote."""
     order, error = _read(path, ["order", "error"])
     with safe_open(path, "pt") as file:
-        counts = sorted(int(name.removeprefix("kept_")) for name in file.keys() if name.startswith("kept_"))  # noqa: SIM118
-    return Ranking(order, error, StoredWeights(path, counts))
+        names = list(file.keys())
+    counts = sorted(int(name.removeprefix("kept_")) for name in names if name.startswith("kept_"))
+    scores = _read(path, ["scores"])[0] if "scores" in names else None
+    return Ranking(order, error, StoredWeights(path, counts), scores=scores)
 
 
 def _key(name: str) -> tuple[int, str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import parts
 from ..criteria.base import (
+    NO_GATES,
     Criterion,
     DimRanking,
     LayerView,
@@ -20,9 +21,10 @@ from ..criteria.base import (
     value_view,
 )
 from ..criteria.obs import made_up
+from ..errors import InputError
 from ..model.state import TokenState
 from ..model.vit import Attention, Vit
-from ..statistics import BlockPass, Half, Kind, Progress, blocks_of, out_layers, unit_sizes
+from ..statistics import BlockPass, Gates, Half, Progress, blocks_of, by_unit, in_layers, out_layers, unit_sizes
 from ..surgery import make_reducer, rows_of
 from ..tokens.base import Reducer
 from .counts import Sizes
@@ -63,37 +65,71 @@ class Survey:
             self.routes = _routes(kind, self.patches, model.config.prefix, sizes.patches)
         self.steps = sum(self._steps(index) for index in range(len(self.blocks)))
 
-    def rank(self, step: BlockPass, criterion: Criterion, gates: Mapping[Kind, Tensor]) -> dict[Half, Ranking]:
+    def rank(self, step: BlockPass, criterion: Criterion, gates: Gates | None) -> dict[Half, Ranking]:
         """The rankings of a block's halves, with weights as the block's Linears take them.
 
         Args:
-            gates: what ``gate_gradients`` found for the block's halves; empty where the criterion needs none.
+            gates: what ``gate_gradients`` found for the model; None where the criterion needs none.
+
+        Raises:
+            InputError: the criterion tells whole blocks apart, and there are sizes between all and nothing.
         """
         block = self.blocks[step.number]
         found = {}
-        for half, layer in out_layers(block).items():
-            weight, scale = layer.weight.detach(), layer_scale(block, half)
-            size = unit_sizes(block)[half]
-            levels = tuple(self._levels(half, weight.shape[1] // size))
-            number = 2 * step.number + (half == "mlp")
-            view = LayerView(weight * scale, size, levels, step.moments.get(half), gates.get(half), number)
-            found[half] = _unscaled(criterion.rank(view), scale)
+        for half in out_layers(block):
+            view = self._view(step, half, gates)
+            if criterion.whole_blocks and any(view.levels):
+                raise InputError(
+                    f"block {step.number}: this criterion ranks whole blocks, it cannot say which {max(view.levels)} "
+                    f"of {view.units} {half} units to keep; allow all or none of them"
+                )
+            found[half] = _unscaled(criterion.rank(view), layer_scale(block, half))
             self._tell(f"block {step.number}: {half} ranked")
         return found
 
-    def rank_dims(self, step: BlockPass, criterion: Criterion, gates: Mapping[Kind, Tensor]) -> dict[Dim, DimRanking]:
-        """The rankings of the dims of a block's heads; none of a block without any. Arguments as of ``rank``."""
-        block, number = self.blocks[step.number], 2 * (len(self.blocks) + step.number)
+    def _view(self, step: BlockPass, half: Half, gates: Gates | None) -> LayerView:
+        """What a criterion may know of one half of a block."""
+        block = self.blocks[step.number]
+        weight, size = out_layers(block)[half].weight.detach(), unit_sizes(block)[half]
+        reads = by_unit(block, half, in_layers(block)[half].weight.detach().T)  # [C, units, rows of a unit]
+        of_block = gates.blocks[step.number] if gates else NO_GATES
+        return LayerView(
+            weight=weight * layer_scale(block, half),
+            unit_size=size,
+            levels=tuple(self._levels(half, weight.shape[1] // size)),
+            moments=step.moments.get(half),
+            gates=of_block.writing.get(half),
+            number=2 * step.number + (half == "mlp"),
+            kind=half,
+            reads=reads.transpose(0, 1).flatten(1),
+            reading_gates=of_block.reading.get(half),
+            labels=gates.labels if gates else None,
+            activations=step.activations.get(half),
+            influence=step.influence,
+        )
+
+    def rank_dims(self, step: BlockPass, criterion: Criterion, gates: Gates | None) -> dict[Dim, DimRanking]:
+        """The rankings of the dims of a block's heads, of those that may go. Arguments as of ``rank``.
+
+        Raises:
+            InputError: the criterion does not rank dims.
+        """
+        if not criterion.ranks_dims:
+            raise InputError("this criterion does not rank the dims of heads; let heads keep all of them")
+        block = self.blocks[step.number]
         attn, found = block.attn, {}
         if attn is None:
             return {}
         for kind in DIMS:
             found[kind] = DimRanking.held(attn.heads, _dims_of(attn, kind))
-        if levels := tuple(self._dims(step.number, "qk")):
-            found["qk"] = criterion.rank_dims(query_key_view(block, step, gates, levels, number))
+        number = 2 * (len(self.blocks) + step.number)
+        of_block, labels = (gates.blocks[step.number], gates.labels) if gates else (NO_GATES, None)
+        if self._dims(step.number, "qk"):
+            levels = tuple(self._dims(step.number, "qk"))
+            found["qk"] = criterion.rank_dims(query_key_view(block, step, of_block, levels, number, labels))
             self._tell(f"block {step.number}: dims of queries and keys ranked")
         if self._dims(step.number, "v"):
-            ranking = criterion.rank_dims(value_view(block, step, gates, number + 1))
+            ranking = criterion.rank_dims(value_view(block, step, of_block, number + 1, labels))
             if criterion.compensates:
                 layer = LayerView(attn.proj.weight.detach().clone(), 1, (), step.moments["attn"])
                 ranking = replace(ranking, layer=lambda: layer)

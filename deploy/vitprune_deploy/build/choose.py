@@ -152,6 +152,7 @@ def search_settings(bench: Bench) -> dict[str, Any]:
         "search": profile.search.model_dump(mode="json"),
         "measure": profile.measure.model_dump(mode="json"),
         "token_blocks": profile.prune.tokens.blocks,
+        "allocation": profile.prune.allocation,
         "schedule": bench.schedule(),
         "seed": profile.seed,
         "others": [sha256_file(one.folders["measure"] / "latency_table.json") for one in bench.others],

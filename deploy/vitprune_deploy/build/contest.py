@@ -62,7 +62,11 @@ class Entry:
         self.bench, self.method, self.name = bench, method, method.name if method else "none"
         self.problem = Problem(table, losses, method, sizes(bench), schedule=bench.schedule())
         self.rankings = Rankings.load(bench.folders["losses"] / RANKINGS)
-        self.effort = Effort(max(1, wanted.evaluations), wanted.max_seconds, seed=bench.profile.seed)
+        evaluations, rule = max(1, wanted.evaluations), bench.profile.prune.allocation
+        if rule != "exact":
+            # a rule leads to one plan, whatever the plan's true loss
+            self.problem, evaluations = self.problem.allocated(rule, self.rankings), 1
+        self.effort = Effort(evaluations, wanted.max_seconds, seed=bench.profile.seed)
         self.budget_ms = target(bench).budget_ms(dense_ms(bench))
 
     def search(self) -> Contest:

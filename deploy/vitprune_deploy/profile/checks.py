@@ -18,6 +18,8 @@ Rule = Callable[[Any], Iterator[Problem]]
 
 RULES: list[Rule] = []
 BF16_CAPABILITY = 8.0  # Ampere, the first with bf16 in its Tensor Cores
+BLOCK_CRITERIA = ("bi",)  # vitprune.criteria.base.Criterion.whole_blocks, without torch
+NO_DIMS = ("attn_taylor", "bi", "minitron")  # not Criterion.ranks_dims
 COMPILERS = ("openvino", "tensorrt-rtx")  # providers that write EPContext files
 BF16_OPSET = 22  # the first in which a convolution may be in bf16
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # tensorrt_rtx.ComputeCapability, 1.7
@@ -353,6 +355,31 @@ def _channels_stay_as_weights_want_them(p: Any) -> Iterator[Problem]:
         yield "prune.embedding", "cannot go with the weights of a token method (model.checkpoint_format)"
     if p.recover.recipe == "published":
         yield "prune.embedding", "cannot go with recover.recipe published, which compares all channels; use distil"
+
+
+@_rule
+def _allocations_have_what_they_need(p: Any) -> Iterator[Problem]:
+    prune = p.prune
+    if prune.allocation != "exact" and prune.tokens.method != "none":
+        yield "prune.allocation", f"{prune.allocation} knows of no tokens; use exact, or prune.tokens.method none"
+    if prune.allocation == "savit" and prune.criterion != "savit":
+        yield "prune.allocation", f"savit needs prune.criterion savit, and that is {prune.criterion}"
+    if prune.head_dims.enabled and prune.allocation != "exact":
+        yield "prune.head_dims.enabled", f"must be false with prune.allocation {prune.allocation}; use exact"
+    if prune.head_dims.enabled and prune.criterion in NO_DIMS:
+        yield "prune.head_dims.enabled", f"must be false with prune.criterion {prune.criterion}, which ranks no dims"
+
+
+@_rule
+def _block_criteria_remove_blocks(p: Any) -> Iterator[Problem]:
+    prune = p.prune
+    if prune.criterion not in BLOCK_CRITERIA:
+        return
+    if prune.heads.enabled or prune.mlp.enabled or not prune.depth.enabled:
+        wish = "heads.enabled and mlp.enabled false, depth.enabled true"
+        yield "prune.criterion", f"{prune.criterion} ranks whole blocks; use it with {wish}"
+    elif prune.allocation != "global":
+        yield "prune.allocation", f"must be global for {prune.criterion}, got {prune.allocation}"
 
 
 @_rule

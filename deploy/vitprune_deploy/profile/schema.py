@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
+from vitprune.search.allocation import Rule
+
 from .kinds import (
     ComputeCapability,
     Count,
@@ -350,6 +352,11 @@ class Prune(Section):
         "these only, which changes no answer",
     )
     criterion: Criterion = Field(default="obs", description="how heads, their dims and hidden units are ranked")
+    allocation: Literal["exact", Rule] = Field(
+        default="exact",
+        description="how the budget is shared: exact, by measured losses and times; or a published rule, by the "
+        "criterion's scores",
+    )
 
 
 class Search(Section):

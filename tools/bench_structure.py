@@ -1,0 +1,265 @@
+"""Every score, and every learned method, at the same measured speed-ups of one model: as it comes, and trained.
+
+    python tools/bench_structure.py --out /tmp/structure
+    python tools/bench_structure.py --out /tmp/structure --scores random obs taylor/greedy --speedups 2 --one-shot
+
+A score is a criterion of ``vitprune/criteria`` with the exact allocation, or ``criterion/allocation``; no tokens are
+removed. Each plan is landed on this device as a build lands it, and each engine is judged on the whole test set, also
+against random's on the same images. Learned methods are those that ``LEARNERS`` names. Finished rows stay in
+OUT/rows.jsonl: run it again after an interruption. They are written as a page of the documentation with --page
+vitprune/criteria/COMPARISON.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from _common import Rows, export, open_profile, right, searched, settings_of, timed
+from vitprune import parts
+from vitprune.macs import macs
+from vitprune.model.vit import Vit
+from vitprune.plan import Plan
+from vitprune.search.counts import Counts
+from vitprune.search.latency import LatencyTable
+from vitprune.surgery import dense_plan, prune
+from vitprune_deploy.build.bench import Bench, load_vit, save_vit
+from vitprune_deploy.build.make import slim_model
+from vitprune_deploy.build.sizes import sizes
+from vitprune_deploy.build.training import train
+from vitprune_deploy.latency.fingerprint import device_fingerprint, machine_state
+from vitprune_deploy.validate import Paired
+
+
+class Learned(NamedTuple):
+    """What a learned method gives: a plan, and the model with the weights that it was made for."""
+
+    plan: Plan
+    model: Vit
+
+
+# By name; takes a bench with its table measured, and the milliseconds that the table may predict for a plan whose last
+# block is whole. It is computed for the class token alone afterwards, as those of the scores' plans are.
+LEARNERS: dict[str, Callable[[Bench, float], Learned]] = {}
+
+PUBLISHED = ["savit/savit", "nvit/nvit", "taylor/global", "taylor/per_kind", "taylor/uniform", "taylor/greedy"]
+BLOCKS_ALONE = ["prune.heads.enabled=false", "prune.mlp.enabled=false"]
+STATES = ("as it comes", "trained")
+SHORT = [
+    "prune.tokens.method=none",
+    "prune.tokens.levels=2",
+    "measure.max_seconds=40",
+    "search.evaluations=24",
+    "search.max_seconds=10",
+    "recover.max_seconds={recovery}",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", default="quickstart")
+    parser.add_argument("--scores", nargs="+", default=[*map(usual, parts.names("vitprune.criteria")), *PUBLISHED])
+    parser.add_argument("--learned", nargs="*", default=list(LEARNERS))
+    parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0])
+    parser.add_argument("--recovery", type=float, default=60.0, help="seconds of training")
+    parser.add_argument("--one-shot", action="store_true", help="train nothing")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as vitprune-deploy takes it")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--page", type=Path, help="where to write all finished rows as Markdown")
+    options = parser.parse_args()
+    comparison = Comparison(options)
+    comparison.run()
+    text = comparison.page()
+    print(f"\n{text}")
+    if options.page:
+        options.page.write_text(text, encoding="utf-8")
+
+
+def usual(criterion: str) -> str:
+    """A criterion as it is compared: one that ranks whole blocks knows nothing of the halves that are searched."""
+    return "bi/global" if criterion == "bi" else criterion
+
+
+class Comparison:
+    """All rows. What was pruned, its engine and its answers are kept under the row's name."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.out = options, options.out.resolve()
+        self.overrides = [*(text.format(recovery=options.recovery) for text in SHORT), *options.set]
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.rows = Rows(self.out / "rows.jsonl", settings_of(self._profile(2.0, [])))
+        self.kept = self.out / self.rows.key  # so that engines of other settings are never mixed in
+        self.kept.mkdir(exist_ok=True)
+
+    def run(self) -> None:
+        for name in [*self.options.scores, *self.options.learned]:
+            make = self._learned if name in self.options.learned else self._scored
+            for speedup in self.options.speedups:
+                first = self.rows.get(f"{name} {speedup:g}x {STATES[0]}", partial(make, name, speedup))
+                print(line(first), flush=True)
+                if not self.options.one_shot:
+                    again = partial(self._trained, name, speedup, first)
+                    print(line(self.rows.get(f"{name} {speedup:g}x {STATES[1]}", again)), flush=True)
+
+    def _profile(self, speedup: float, more: list[str]) -> Any:
+        return open_profile(self.options.profile, [*self.overrides, *more], speedup)
+
+    def _bench(self, speedup: float, more: list[str], until: str) -> Bench:
+        """The product's own pipeline, in one folder for all rows: the table is measured once."""
+        return searched(self._profile(speedup, more), self.out / "work", until)
+
+    def _scored(self, name: str, speedup: float) -> dict[str, Any]:
+        """A row of a score: pruned, not trained."""
+        criterion, _, rule = name.partition("/")
+        more = [f"prune.criterion={criterion}", f"prune.allocation={rule or 'exact'}"]
+        bench = self._bench(speedup, more + (BLOCKS_ALONE if criterion == "bi" else []), "search")
+        found, slim = bench.json("search", "search.json"), slim_model(bench)[0]
+        times = {"ms": found["chosen"]["measured_ms"], "dense_ms": found["dense_ms"]}
+        said = found["dense_ms"] / found["chosen"]["predicted_ms"]
+        return self._judged(f"{name} {speedup:g}x", bench, slim, {**times, "predicted": said, "how": found["status"]})
+
+    def _learned(self, name: str, speedup: float) -> dict[str, Any]:
+        """A row of a learned method: pruned by the plan that it learned, with the weights that it has then."""
+        bench = self._bench(speedup, [], "measure")
+        table = LatencyTable.from_dict(bench.json("measure", "latency_table.json"))
+        dense = dense_plan(bench.dense)
+        whole_ms, early_ms = (table.predict_ms(counts_of(plan)) for plan in (dense, ending_early(dense, bench)))
+        found = LEARNERS[name](bench, whole_ms / speedup + whole_ms - early_ms)
+        plan, row = ending_early(found.plan, bench), f"{name} {speedup:g}x"
+        slim = prune(found.model, plan)
+        paths = {"dense": self._engine("dense", bench.dense, bench), "it": self._engine(row, slim, bench)}
+        times = timed(paths, bench.profile, bench.profile.seed, bench.profile.measure.max_seconds or 60.0)
+        said = whole_ms / table.predict_ms(counts_of(plan))
+        measured = {"ms": times[1].value_ms, "dense_ms": times[0].value_ms, "predicted": said, "how": "learned"}
+        return self._judged(row, bench, slim, measured)
+
+    def _trained(self, name: str, speedup: float, first: dict[str, Any]) -> dict[str, Any]:
+        """The same plan after the short training; its latency is that of the same graph."""
+        bench, row = self._bench(speedup, [], "images"), f"{name} {speedup:g}x"
+        folder = self.kept / f"{file_name(row)} training"
+        folder.mkdir(exist_ok=True)
+        train(bench, load_vit(self.kept, file_name(row)), folder)
+        times = {key: first[key] for key in ("ms", "dense_ms", "predicted", "how")}
+        return self._judged(f"{row} {STATES[1]}", bench, load_vit(folder, "model"), times)
+
+    def _judged(self, row: str, bench: Bench, slim: Vit, known: dict[str, Any]) -> dict[str, Any]:
+        """The accuracy of a pruned model's engine on the whole test set; which images are right is kept beside it."""
+        answers = right(bench, self._engine(row, slim, bench))
+        np.save(self.kept / f"{file_name(row)}.npy", answers)
+        save_vit(slim, self.kept, file_name(row))
+        config = slim.config
+        return {
+            "top1": 100 * float(answers.mean()),
+            "macs": macs(config) / macs(bench.dense.config),
+            "heads": [block.heads for block in config.blocks],
+            "mlp": [block.mlp for block in config.blocks],
+            **known,
+            "machine": machine_state(),
+        }
+
+    def _engine(self, row: str, model: Vit, bench: Bench) -> Path:
+        path = self.kept / f"{file_name(row)}.onnx"
+        return export(model, path, bench.profile, (model.config.channels, *model.config.image_size))
+
+    def page(self) -> str:
+        """All finished rows as Markdown, a table for each speed-up, best first."""
+        device = device_fingerprint("onnxruntime", "cpu", 2)
+        text = ABOUT.format(
+            cpu=device["cpu"], cores=device["cores"], profile=self.options.profile, seconds=self.options.recovery
+        )
+        for speedup in self.options.speedups:
+            rows = [row for row in self.rows.rows.values() if row["row"].split()[1] == f"{speedup:g}x"]
+            text += f"\n## {speedup:g}x asked\n\n| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}\n"
+            text += "".join(f"| {' | '.join(self._cells(row))} |\n" for row in ranked(rows))
+            below = [row["row"] for row in ranked(rows) if not self._is_random(row) and not self._gain(row)[3]]
+            text += f"\nNot above random: {', '.join(map(short_name, below)) or 'none'}.\n"
+        return text
+
+    def _cells(self, row: dict[str, Any]) -> tuple[str, ...]:
+        name, _, state = row["row"].split(maxsplit=2)
+        criterion, _, rule = name.partition("/")
+        gain, low, high, above = self._gain(row)
+        against = "" if self._is_random(row) else f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]{'' if above else ' no'}"
+        figures = f"{row['top1']:.2f}", f"{row['dense_ms'] / row['ms']:.2f}", f"{row['predicted']:.2f}"
+        shape = " ".join(f"{h}/{m}" for h, m in zip(row["heads"], row["mlp"], strict=True))
+        rule = rule or ("" if name in LEARNERS else "exact")
+        return f"`{criterion}`", rule, state, *figures, f"{100 * row['macs']:.0f}", against, shape
+
+    def _gain(self, row: dict[str, Any]) -> tuple[float, float, float, bool]:
+        """Points of top-1 above random's on the same images with their 95% interval, and whether that is above 0."""
+        _, speedup, state = row["row"].split(maxsplit=2)
+        files = [self.kept / f"{file_name(answers_of(one))}.npy" for one in (f"random {speedup} {state}", row["row"])]
+        if not files[0].is_file():
+            return float("nan"), float("nan"), float("nan"), False
+        found = Paired.of(*(np.load(file) for file in files))
+        return -found.drop, -found.high, -found.low, found.high < 0
+
+    @staticmethod
+    def _is_random(row: dict[str, Any]) -> bool:
+        return row["row"].startswith("random ")
+
+
+def answers_of(row: str) -> str:
+    """What the answers of a row are kept under."""
+    return row.removesuffix(f" {STATES[0]}")
+
+
+def file_name(row: str) -> str:
+    return row.replace("/", " by ")
+
+
+def short_name(row: str) -> str:
+    name, _, state = row.split(maxsplit=2)
+    return f"`{name}` {state}"
+
+
+def ranked(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: -row["top1"])
+
+
+def ending_early(plan: Plan, bench: Bench) -> Plan:
+    """The plan with its last block computed for the class token alone, where the profile's plans have it so."""
+    if 0 not in sizes(bench).patches:
+        return plan
+    return replace(plan, blocks=(*plan.blocks[:-1], replace(plan.blocks[-1], patches=0)))
+
+
+def counts_of(plan: Plan) -> Counts:
+    """How much a plan keeps of each block."""
+    heads, mlp = (tuple(len(getattr(block, kind)) for block in plan.blocks) for kind in ("heads", "mlp"))
+    return Counts(heads, mlp, tuple(plan.patches_after()))
+
+
+def line(row: dict[str, Any]) -> str:
+    shape = " ".join(f"{h}/{m}" for h, m in zip(row["heads"], row["mlp"], strict=True))
+    return (
+        f"{row['row']:34} {row['top1']:6.2f} {row['dense_ms'] / row['ms']:6.3f}x (predicted {row['predicted']:.3f}x) "
+        f"{100 * row['macs']:4.0f}% of MACs  {row['how']:10} {shape}"
+    )
+
+
+COLUMNS = (
+    "score", "allocation", "weights", "top-1 (%)", "speed-up", "predicted", "MACs (%)", "above random (points, 95%)",
+    "heads/units",
+)  # fmt: skip
+ABOUT = """# Scores compared
+
+Written by `tools/bench_structure.py` from the model and images of `profiles/{profile}.yaml`: heads, MLP and depth are
+pruned, all tokens stay, each plan is landed on the machine that measures, and every engine (ONNX Runtime) is judged on
+the 10,000 test images. *Trained*: {seconds:g} seconds of distillation, alike for all. *Exact*: the search shares the
+budget by measured losses and times, and the score says which units of a half go; the other allocations are the
+published ones of `vitprune/search/allocation.py`, which go by scores alone. *Predicted* is the latency table's word for
+the speed-up. *Above random*: points of top-1 more than random's engine has on the same images, with the paired 95%
+interval; *no* where it is not clear of 0. {cpu}, {cores} cores, shared with others: speed-ups are uncertain by several
+percent. One small model ranks no scores for others.
+"""
+
+
+if __name__ == "__main__":
+    main()
