@@ -3,14 +3,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from test_surgery import VARIANTS
-from tiny import tiny_config, tiny_vit
+from tiny import images, tiny_config, tiny_vit
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitprune.macs import macs, params
 from vitprune.model.config import VitConfig
 from vitprune.model.vit import Vit
 from vitprune.plan import BlockPlan, Plan
-from vitprune.surgery import fingerprint, prune
+from vitprune.surgery import dense_plan, fingerprint, prune
 
 
 def deit_small(keep: dict[int, int] | None = None, reducer: str | None = None) -> VitConfig:
@@ -89,3 +91,26 @@ def test_params_of_a_pruned_model():
 def test_deit_small_has_22_million_parameters():
     # timm's deit_small_patch16_224; there the class token has a position embedding of its own
     assert params(deit_small()) == 22_050_664 - 384
+
+
+def test_pruned_deit_small_has_the_published_parameters():
+    whole = deit_small()
+
+    def millions(**changed: int) -> float:
+        return params(whole.with_blocks([replace(block, **changed) for block in whole.blocks], None)) / 1e6
+
+    assert millions(heads=3) == pytest.approx(18.50, abs=0.005)
+    assert millions(mlp=768) == pytest.approx(14.96, abs=0.005)
+    assert millions(heads=3, mlp=768) == pytest.approx(11.42, abs=0.005)
+
+
+@pytest.mark.parametrize("embed", [None, tuple(range(20))])
+def test_macs_and_params_of_a_narrow_model_are_those_that_run(embed):
+    model = tiny_vit(depth=3)
+    dims = {"qk": ((0, 1, 2),) * 2, "v": ((0, 1, 2, 4, 7),) * 2}
+    kept = BlockPlan((1, 2), tuple(range(30)), None, **dims), BlockPlan((), (1, 2, 3)), BlockPlan((3,), (), None)
+    slim = prune(model, replace(dense_plan(model), blocks=kept, embed=embed))
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        slim(images(1))
+    assert macs(slim.config) == pytest.approx(counter.get_total_flops() / 2, rel=0.005)
+    assert params(slim.config) == sum(parameter.numel() for parameter in slim.parameters())

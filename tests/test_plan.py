@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,29 @@ def test_comes_back_from_json_as_it_was():
     plain = json.loads(json.dumps(before.to_dict()))
     assert Plan.from_dict(plain) == before
     assert "patches" not in plain["blocks"][1]
+
+
+def test_dims_and_channels_come_back_and_are_absent_where_all_stay():
+    before = plan(BlockPlan((0, 2), (1,), None, ((0, 3), (1, 2)), ((4,), (0,))), BlockPlan((0,), (3,)))
+    plain = json.loads(json.dumps(before.to_dict()))
+    assert Plan.from_dict(plain) == before
+    assert plain["blocks"][0]["qk"] == [[0, 3], [1, 2]]
+    assert not {"qk", "v"} & plain["blocks"][1].keys()
+    assert "embed" not in plain
+    narrow = replace(before, embed=(0, 5))
+    assert Plan.from_dict(json.loads(json.dumps(narrow.to_dict()))) == narrow
+
+
+def test_later_plans_pick_from_the_dims_and_channels_that_are_left():
+    first = plan(BlockPlan((1, 3, 4), (2,), None, ((0, 2), (1, 3), (5, 6)), None))
+    later = plan(BlockPlan((0, 2), (0,), None, ((1,), (0,)), ((7,), (2,))))
+    assert first.then(later) == plan(BlockPlan((1, 4), (2,), None, ((2,), (5,)), ((7,), (2,))))
+    assert first.then(plan(BlockPlan((1,), (0,)))).blocks[0].qk == ((1, 3),)
+    assert first.then(plan(BlockPlan((), (0,)))).blocks[0] == BlockPlan((), (2,))
+    narrow = replace(first, embed=(3, 5, 8))
+    assert narrow.then(later).embed == (3, 5, 8)
+    assert first.then(replace(later, embed=(0, 1))).embed == (0, 1)
+    assert narrow.then(replace(later, embed=(0, 2))).embed == (3, 8)
 
 
 def test_a_dense_plan_keeps_everything():
@@ -50,6 +74,16 @@ def test_the_fewer_tokens_of_two_plans_count_and_go_with_the_attention():
         (plan(reducer="evit"), plan(reducer="tome"), "a plan with tome cannot follow one with evit"),
         (plan(BlockPlan((2,), (0,))), plan(BlockPlan((1,), (0,))), "block 0: the later plan keeps heads 1 of 1 left"),
         (plan(BlockPlan((2,), (0,))), plan(BlockPlan((0,), (0, 1))), "block 0: the later plan keeps mlp 1 of 1 left"),
+        (
+            plan(BlockPlan((2,), (0,), None, ((4, 5),))),
+            plan(BlockPlan((0,), (0,), None, ((2,),))),
+            "block 0: the later plan keeps qk dims up to 2 of 2 left",
+        ),
+        (
+            replace(plan(BlockPlan((0,), (0,))), embed=(1, 2)),
+            replace(plan(BlockPlan((0,), (0,))), embed=(2,)),
+            "the later plan keeps channel 2 of 2 left",
+        ),
     ],
 )
 def test_plans_that_do_not_follow_one_another_are_refused(first, later, sentence):
@@ -63,6 +97,16 @@ def test_plans_that_do_not_follow_one_another_are_refused(first, later, sentence
         (lambda: BlockPlan((1, 0), ()), r"heads must be ascending indices without repeats, got \(1, 0\)"),
         (lambda: BlockPlan((), (3, 3)), r"mlp must be ascending indices without repeats, got \(3, 3\)"),
         (lambda: BlockPlan((-1,), ()), "heads must be ascending"),
+        (lambda: BlockPlan((0, 1), (), None, ((0,),)), "qk must name dims for each of 2 kept heads, got 1"),
+        (lambda: BlockPlan((), (), None, ()), "qk must name dims for each of 0 kept heads"),
+        (
+            lambda: BlockPlan((0, 1), (), None, None, ((0,), (1, 2))),
+            r"equally many v dims, .* in every head, got \[1, 2",
+        ),
+        (lambda: BlockPlan((0,), (), None, ((),)), r"at least one, in every head, got \[0\]"),
+        (lambda: BlockPlan((0,), (), None, ((2, 1),)), r"qk must be ascending indices without repeats, got \(2, 1\)"),
+        (lambda: replace(plan(), embed=(3, 3)), "embed must be ascending indices"),
+        (lambda: replace(plan(), embed=()), "at least one channel of the residual stream"),
         (lambda: BlockPlan((0,), (0,), -1), "cannot keep -1 patch tokens"),
         (
             lambda: plan(BlockPlan((0,), (0,), 0), BlockPlan((0,), (0,))),
@@ -88,6 +132,7 @@ def test_impossible_plans_are_refused(make, sentence):
         {"model_sha256": "abc", "patches": "many", "reducer": None, "blocks": []},
         {"model_sha256": "abc", "patches": 49, "reducer": None, "blocks": [{"heads": [0]}]},
         {"model_sha256": "abc", "patches": 49, "reducer": None, "blocks": 3},
+        {"model_sha256": "abc", "patches": 49, "reducer": None, "blocks": [{"heads": [0], "mlp": [], "qk": [3]}]},
         {"model_sha256": "abc", "patches": 49, "reducer": None, "blocks": [{"heads": ["a"], "mlp": []}]},
     ],
 )

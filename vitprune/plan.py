@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import InputError
+
+Dims = tuple[tuple[int, ...], ...]  # by head, indices of some of its dims
 
 
 @dataclass(frozen=True)
@@ -18,21 +20,77 @@ class BlockPlan:
         mlp: indices of the kept MLP hidden units in the original block, ascending; empty removes the MLP.
         patches: patch tokens that leave the block, at the plan's ``patches``; None leaves their number as it is; 0, in
             the last block only: it is computed for the prefix tokens alone, since nothing reads another.
+        qk, v: for each of ``heads``, in their order, the indices of the kept dims of its queries and keys, and of its
+            values, in the original head, ascending, equally many in every head; None keeps all.
     """
 
     heads: tuple[int, ...]
     mlp: tuple[int, ...]
     patches: int | None = None
+    qk: Dims | None = None
+    v: Dims | None = None
 
     def __post_init__(self) -> None:
         for name in ("heads", "mlp"):
-            indices = getattr(self, name)
-            if list(indices) != sorted(set(indices)) or any(i < 0 for i in indices):
-                raise InputError(f"a plan's {name} must be ascending indices without repeats, got {indices}")
+            _check_indices(name, getattr(self, name))
+        for name in ("qk", "v"):
+            self._check_dims(name, getattr(self, name))
         if self.patches is not None and self.patches < 0:
             raise InputError(f"a plan cannot keep {self.patches} patch tokens")
         if self.patches and not self.heads:
             raise InputError("a block without attention cannot reduce tokens; a plan asks for both")
+
+    def _check_dims(self, name: str, dims: Dims | None) -> None:
+        if dims is None:
+            return
+        if not dims or len(dims) != len(self.heads):
+            raise InputError(
+                f"a plan's {name} must name dims for each of {len(self.heads)} kept heads, got {len(dims)}"
+            )
+        for kept in dims:
+            _check_indices(name, kept)
+        if len({len(kept) for kept in dims}) > 1 or not dims[0]:
+            counts = [len(kept) for kept in dims]
+            raise InputError(f"a plan keeps equally many {name} dims, and at least one, in every head, got {counts}")
+
+    def then(self, later: BlockPlan, number: int) -> BlockPlan:
+        """This block ``number``, followed by what ``later`` keeps of it. Raises as ``Plan.then``."""
+        for name in ("heads", "mlp"):
+            _check_left(f"block {number}: the later plan keeps {name}", getattr(later, name), len(getattr(self, name)))
+        counts = [p for p in (self.patches, later.patches) if p is not None]
+        return BlockPlan(
+            heads=tuple(self.heads[i] for i in later.heads),
+            mlp=tuple(self.mlp[i] for i in later.mlp),
+            patches=min(counts) if counts and (later.heads or min(counts) == 0) else None,
+            qk=self._dims_then("qk", later, number),
+            v=self._dims_then("v", later, number),
+        )
+
+    def _dims_then(self, name: str, later: BlockPlan, number: int) -> Dims | None:
+        """Dims of the original heads that are left when ``later`` has picked from those of the heads left here."""
+        first: Dims | None = getattr(self, name)
+        second: Dims | None = getattr(later, name)
+        if first is None or not later.heads:
+            return second
+        if second is None:
+            return tuple(first[i] for i in later.heads)
+        for dims in second:
+            _check_left(f"block {number}: the later plan keeps {name} dims up to", dims, len(first[0]))
+        return tuple(tuple(first[i][d] for d in dims) for i, dims in zip(later.heads, second, strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers; keys that keep all are left out."""
+        plain: dict[str, Any] = {"heads": list(self.heads), "mlp": list(self.mlp)}
+        if self.patches is not None:
+            plain["patches"] = self.patches
+        rows = {name: dims for name, dims in (("qk", self.qk), ("v", self.v)) if dims is not None}
+        return plain | {name: [list(kept) for kept in dims] for name, dims in rows.items()}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> BlockPlan:
+        """The block that ``to_dict`` wrote."""
+        dims = {name: tuple(map(tuple, plain[name])) for name in ("qk", "v") if plain.get(name) is not None}
+        return cls(tuple(plain["heads"]), tuple(plain["mlp"]), plain.get("patches"), **dims)
 
 
 @dataclass(frozen=True)
@@ -44,14 +102,21 @@ class Plan:
         patches: patch tokens of an image at the budget's image size; token counts at another size scale from it.
         reducer: name of the token method (a file in ``vitprune/tokens``); None where no block reduces tokens.
         blocks: one entry per block of the model.
+        embed: kept channels of the residual stream, ascending; None keeps all. Lossy beyond what the channels carried:
+            every norm then sees other statistics, so no mask on the whole model computes the same.
     """
 
     model_sha256: str
     patches: int
     reducer: str | None
     blocks: tuple[BlockPlan, ...]
+    embed: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.embed is not None:
+            _check_indices("embed", self.embed)
+            if not self.embed:
+                raise InputError("a plan must keep at least one channel of the residual stream")
         left = self.patches
         for number, block in enumerate(self.blocks):
             if block.patches == 0 and number + 1 < len(self.blocks):
@@ -87,30 +152,19 @@ class Plan:
             raise InputError(f"a plan of {len(later.blocks)} blocks cannot follow one of {len(self.blocks)}")
         if self.reducer and later.reducer and self.reducer != later.reducer:
             raise InputError(f"a plan with {later.reducer} cannot follow one with {self.reducer}")
-        blocks = []
-        for number, (first, second) in enumerate(zip(self.blocks, later.blocks, strict=True)):
-            for name in ("heads", "mlp"):
-                kept, asked = getattr(first, name), getattr(second, name)
-                if asked and asked[-1] >= len(kept):
-                    raise InputError(f"block {number}: the later plan keeps {name} {asked[-1]} of {len(kept)} left")
-            counts = [p for p in (first.patches, second.patches) if p is not None]
-            blocks.append(
-                BlockPlan(
-                    heads=tuple(first.heads[i] for i in second.heads),
-                    mlp=tuple(first.mlp[i] for i in second.mlp),
-                    patches=min(counts) if counts and (second.heads or min(counts) == 0) else None,
-                )
-            )
-        return Plan(self.model_sha256, self.patches, self.reducer or later.reducer, tuple(blocks))
+        pairs = zip(self.blocks, later.blocks, strict=True)
+        blocks = tuple(first.then(second, number) for number, (first, second) in enumerate(pairs))
+        embed = self.embed if later.embed is None else later.embed
+        if self.embed is not None and later.embed is not None:
+            _check_left("the later plan keeps channel", later.embed, len(self.embed))
+            embed = tuple(self.embed[i] for i in later.embed)
+        return Plan(self.model_sha256, self.patches, self.reducer or later.reducer, blocks, embed)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, for YAML or JSON."""
-        plain = asdict(self)
-        plain["blocks"] = [
-            {"heads": list(b.heads), "mlp": list(b.mlp)} | ({} if b.patches is None else {"patches": b.patches})
-            for b in self.blocks
-        ]
-        return plain
+        plain: dict[str, Any] = {"model_sha256": self.model_sha256, "patches": self.patches, "reducer": self.reducer}
+        plain["blocks"] = [block.to_dict() for block in self.blocks]
+        return plain if self.embed is None else plain | {"embed": list(self.embed)}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Plan:
@@ -120,7 +174,18 @@ class Plan:
             InputError: a key is missing or has another type.
         """
         try:
-            blocks = tuple(BlockPlan(tuple(b["heads"]), tuple(b["mlp"]), b.get("patches")) for b in plain["blocks"])
-            return cls(str(plain["model_sha256"]), int(plain["patches"]), plain["reducer"], blocks)
-        except (KeyError, TypeError, ValueError) as error:
+            blocks = tuple(map(BlockPlan.from_dict, plain["blocks"]))
+            embed = None if plain.get("embed") is None else tuple(plain["embed"])
+            return cls(str(plain["model_sha256"]), int(plain["patches"]), plain["reducer"], blocks, embed)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"this is not a plan: {type(error).__name__} {error}") from error
+
+
+def _check_indices(name: str, indices: tuple[int, ...]) -> None:
+    if list(indices) != sorted(set(indices)) or any(i < 0 for i in indices):
+        raise InputError(f"a plan's {name} must be ascending indices without repeats, got {indices}")
+
+
+def _check_left(what: str, asked: tuple[int, ...], left: int) -> None:
+    if asked and asked[-1] >= left:
+        raise InputError(f"{what} {asked[-1]} of {left} left")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import cast
 
 import torch
@@ -15,11 +14,13 @@ from . import parts
 from .errors import InputError, NotSupported
 from .model.config import BlockConfig, VitConfig
 from .model.vit import Attention, Block, Mlp, Vit, fingerprint
-from .plan import BlockPlan, Plan
+from .plan import BlockPlan, Dims, Plan
 from .schedules import Wanted, counts
 from .tokens.base import Place, Reducer
 
 CompensatedWeights = Mapping[tuple[int, str], Tensor]
+ACROSS = re.compile(r"\.(attn|mlp)\.norm\.(weight|bias)$")  # norms that see all heads or hidden units at once
+HEADWISE = re.compile(r"\.attn\.[qk]_norm\.(weight|bias)$")
 METHOD_WEIGHT = re.compile(r"^blocks\.\d+\.reducer\.")  # names of a token method's own weights
 
 
@@ -32,18 +33,23 @@ def prune(
     """What ``plan`` leaves of ``model``, as a new model with weights of its own.
 
     Zeroing in ``model`` the columns of ``proj`` and ``fc2`` that belong to removed heads and units gives the same
-    outputs. A half that is removed altogether adds nothing to the tokens: its output bias goes with it.
+    outputs; so does zeroing the rows of ``qkv`` and their biases that belong to removed dims of queries and keys, and
+    the columns of ``proj`` of removed values: the softmax scale stays the original model's. A half that is removed
+    altogether adds nothing to the tokens: its output bias goes with it. No mask equals a narrower residual stream,
+    whose norms see the kept channels alone.
 
     Args:
         model: the model that the plan was made for; it stays as it is.
         plan: what stays.
         weights: for (block, 'attn') the weight of ``proj``, for (block, 'mlp') that of ``fc2``, [C, kept columns],
-            with what the removed columns did made up for.
+            with what the removed columns did made up for; for (block, 'qk') factors of the kept queries, [heads, dims],
+            with which the logits make up for the removed ones.
         method_weights: of the token method, by their names in the new model; those not named are as they start out.
 
     Raises:
         InputError: the plan was made for another model, or does not fit this one.
-        NotSupported: a norm across heads or hidden units, which some of them cannot leave without changing the rest.
+        NotSupported: a norm across heads, dims or hidden units, which some of them cannot leave without changing the
+            rest; or channels are to leave a residual stream to whose width something else is bound.
     """
     if plan.model_sha256 != fingerprint(model):
         raise InputError(
@@ -56,6 +62,8 @@ def prune(
     for number, (block, kept) in enumerate(zip(model.blocks, plan.blocks, strict=True)):
         for name, tensor in _kept_weights(cast(Block, block), kept, number, weights or {}).items():
             state[f"blocks.{number}.{name}"] = tensor
+    if plan.embed is not None and slim.config.dim < model.config.dim:
+        state = {name: _kept_channels(name, tensor, plan.embed) for name, tensor in state.items()}
     state |= method_weights or {}
     given = {
         name: _same_shape(state[name], tensor, name)
@@ -202,43 +210,70 @@ def _pruned_config(config: VitConfig, plan: Plan) -> VitConfig:
             pruned = replace(pruned, patches=entering if kind.again(number, len(config.blocks)) else None)
         entering = entering if pruned.patches is None else pruned.patches
         blocks.append(pruned)
-    return config.with_blocks(blocks, reducer if any(block.patches for block in blocks) else None)
+    slim = config.with_blocks(blocks, reducer if any(block.patches for block in blocks) else None)
+    return slim if plan.embed is None else _narrowed(slim, plan.embed)
+
+
+def _narrowed(config: VitConfig, channels: tuple[int, ...]) -> VitConfig:
+    """``config`` with a residual stream of ``channels`` alone."""
+    if channels[-1] >= config.dim:
+        raise InputError(f"the plan keeps channels up to {channels[-1]}, the model has {config.dim}")
+    if len(channels) == config.dim:
+        return config
+    if config.pool == "map" or not config.classes:
+        what = "attention pooling splits into heads" if config.pool == "map" else "the features are the output"
+        raise NotSupported(f"no channel can leave the residual stream of this model: {what}; keep all of them")
+    if config.reducer and any(next(reducer.parameters(), None) is not None for reducer in _reducers(config).values()):
+        raise NotSupported(
+            f"{config.reducer} has weights for all channels; prune the embedding without it, then add it"
+        )
+    return replace(config, dim=len(channels))
 
 
 def _pruned_block(block: BlockConfig, kept: BlockPlan, number: int, entering: int) -> BlockConfig:
     for name, indices, count in (("heads", kept.heads, block.heads), ("MLP units", kept.mlp, block.mlp)):
         if indices and indices[-1] >= count:
             raise InputError(f"block {number}: the plan keeps {name} up to {indices[-1]}, the model has {count}")
+    sizes = {"qk_dim": block.qk_dim, "v_dim": block.v_dim}
+    for (name, size), rows in zip(list(sizes.items()), (kept.qk, kept.v), strict=True):
+        highest = max((dims[-1] for dims in rows or ()), default=-1)
+        if highest >= size:
+            raise InputError(f"block {number}: the plan keeps {name}s up to {highest}, a head of the model has {size}")
+        sizes[name] = len(rows[0]) if rows else size
     counts = [patches for patches in (block.patches, kept.patches) if patches is not None]
     patches = min(counts, default=entering) if kept.heads or 0 in counts else entering
     left = patches if patches < entering else None  # a block that leaves what enters needs no reducer
-    return replace(block, heads=len(kept.heads), mlp=len(kept.mlp), patches=left)
+    return replace(block, heads=len(kept.heads), mlp=len(kept.mlp), patches=left, **sizes)
 
 
 def _kept_weights(block: Block, kept: BlockPlan, number: int, weights: CompensatedWeights) -> dict[str, Tensor]:
     """The block's tensors that lose rows or columns, by their name in the block."""
     tensors: dict[str, Tensor] = {}
     if block.attn is not None and kept.heads:
-        tensors |= _kept_attention(block.attn, kept.heads, weights.get((number, "attn")))
+        factors, proj = (weights.get((number, name)) for name in ("qk", "attn"))
+        tensors |= _kept_attention(block.attn, kept, factors, proj)
     if block.mlp is not None and kept.mlp:
         tensors |= _kept_mlp(block.mlp, kept.mlp, weights.get((number, "mlp")))
     return tensors
 
 
-def _kept_attention(attn: Attention, heads: tuple[int, ...], proj: Tensor | None) -> dict[str, Tensor]:
-    starts = (0, attn.sizes[0], attn.sizes[0] + attn.sizes[1])
-    sizes = (attn.qk_dim, attn.qk_dim, attn.v_dim)
-    rows = list(
-        chain.from_iterable(
-            range(start + head * size, start + (head + 1) * size)
-            for start, size in zip(starts, sizes, strict=True)
-            for head in heads
-        )
-    )
-    columns = [row - starts[2] for row in rows if row >= starts[2]]
-    return _rows("attn.qkv", attn.qkv, rows) | {
-        "attn.proj.weight": attn.proj.weight[:, columns] if proj is None else proj
-    }
+def _kept_attention(attn: Attention, kept: BlockPlan, factors: Tensor | None, proj: Tensor | None) -> dict[str, Tensor]:
+    """What is left of ``qkv`` and ``proj``; ``factors`` [heads, dims] of the queries, ``proj`` [C, kept columns]."""
+    queries = rows_of(kept.heads, kept.qk, attn.qk_dim)
+    values = rows_of(kept.heads, kept.v, attn.v_dim)
+    keys = [attn.sizes[0] + row for row in queries]
+    tensors = _rows("attn.qkv", attn.qkv, queries + keys + [2 * attn.sizes[0] + row for row in values])
+    if factors is not None:
+        scale = _same_shape(factors, factors.new_empty(len(kept.heads), len(queries) // len(kept.heads)), "queries")
+        scale = torch.cat([scale.flatten().to(attn.qkv.weight), scale.new_ones(len(keys) + len(values))])
+        tensors = {name: tensor * scale.view(-1, *[1] * (tensor.ndim - 1)) for name, tensor in tensors.items()}
+    return tensors | {"attn.proj.weight": attn.proj.weight[:, values] if proj is None else proj}
+
+
+def rows_of(heads: Sequence[int], dims: Dims | None, size: int) -> list[int]:
+    """Rows of the kept ``dims`` of the kept ``heads``, of a matrix with ``size`` rows for each head; None: all dims."""
+    kept = dims or [range(size)] * len(heads)
+    return [head * size + dim for head, some in zip(heads, kept, strict=True) for dim in some]
 
 
 def _kept_mlp(mlp: Mlp, units: tuple[int, ...], fc2: Tensor | None) -> dict[str, Tensor]:
@@ -252,12 +287,28 @@ def _rows(name: str, layer: nn.Linear, rows: list[int]) -> dict[str, Tensor]:
     return tensors if layer.bias is None else tensors | {f"{name}.bias": layer.bias[rows]}
 
 
+CHANNELS_FIRST = re.compile(r"(patch_embed|\.proj|\.fc2)\.(weight|bias)$")  # rows that write to the residual stream
+INSIDE = re.compile(r"\.(q_norm|k_norm|attn\.norm|mlp\.norm)\.|\.(qkv|fc1)\.bias$|^head(_dist)?\.bias$|\.reducer\.")
+
+
+def _kept_channels(name: str, tensor: Tensor, channels: tuple[int, ...]) -> Tensor:
+    """The weight ``name`` of a model whose residual stream has ``channels`` alone."""
+    if INSIDE.search(name):
+        return tensor
+    return tensor[list(channels)] if CHANNELS_FIRST.search(name) else tensor[..., list(channels)]
+
+
 def _same_shape(tensor: Tensor, slim: Tensor, name: str) -> Tensor:
     """``tensor``, if it has the shape that the slim model needs."""
     if tensor.shape == slim.shape:
         return tensor
-    if name.endswith((".attn.norm.weight", ".attn.norm.bias", ".mlp.norm.weight", ".mlp.norm.bias")):
+    if ACROSS.search(name):
         raise NotSupported(
             f"{name} normalises across what would be pruned, so the rest would change; keep all of that half, or none"
+        )
+    if HEADWISE.search(name):
+        raise NotSupported(
+            f"{name} normalises each head's dims, so the rest would change if some went; keep all dims of queries and "
+            "keys, or none of the half"
         )
     raise InputError(f"the compensated weight for {name} is {tuple(tensor.shape)}, the plan keeps {tuple(slim.shape)}")

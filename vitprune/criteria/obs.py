@@ -13,7 +13,7 @@ https://arxiv.org/abs/2301.00774), so that a step reads the weight once and the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -35,6 +35,7 @@ class Obs(Criterion):
     """
 
     needs = "moments"
+    compensates = True
     damping: float = 1e-4
 
     def rank(self, layer: LayerView) -> Ranking:
@@ -51,7 +52,21 @@ class Obs(Criterion):
         total = ((weight @ moments) * weight).sum()
         error = torch.tensor([0.0, *sweep.errors], dtype=torch.float64, device=weight.device)
         relative = (error / total if total > 0 else error).cummax(0).values
-        return Ranking(torch.tensor(sweep.order), relative.cpu(), weights)
+        return Ranking(torch.tensor(sweep.order), relative.cpu(), weights, float(total))
+
+
+def made_up(layer: LayerView, columns: Sequence[int], damping: float = Obs.damping) -> Tensor:
+    """The weight [C, kept] of the kept ``columns`` with which the layer's output changes least when the others go.
+
+    What the sweep's weight is for columns that were not removed by it: W H_:S (H_SS + ridge)^-1, drawn to W_S.
+    """
+    moments = required(layer.moments, "obs", "moments").double()
+    weight = layer.weight.detach().double()
+    kept = torch.as_tensor(columns, device=weight.device)
+    gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    gone[kept] = False
+    inverse, _ = _damped_inverse(moments[kept][:, kept], damping, _mean_of_alive(moments))
+    return (weight[:, kept] + weight[:, gone] @ moments[gone][:, kept] @ inverse).to(layer.weight)
 
 
 class _Sweep:
@@ -59,7 +74,7 @@ class _Sweep:
 
     def __init__(self, weight: Tensor, moments: Tensor, damping: float, unit_size: int) -> None:
         self.weight, self.dense, self.size = weight, weight, unit_size
-        self.inverse, self.ridge = _damped_inverse(moments, damping)
+        self.inverse, self.ridge = _damped_inverse(moments, damping, _mean_of_alive(moments))
         self.left = torch.arange(weight.shape[1] // unit_size, device=weight.device)
         self.order: list[int] = []
         self.errors: list[float] = []
@@ -174,11 +189,15 @@ class _Updates:
         return self.weight.T @ a - U @ (A.T @ a)
 
 
-def _damped_inverse(moments: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Inverse of ``moments`` plus a ridge, and the ridge: grown tenfold until the matrix has a Cholesky factor."""
+def _mean_of_alive(moments: Tensor) -> float:
+    """Mean of the positive diagonal entries."""
     diagonal = moments.diagonal()
-    alive = diagonal > 0
-    mean = float(diagonal[alive].mean()) if alive.any() else 1.0
+    return float(diagonal[diagonal > 0].mean()) if (diagonal > 0).any() else 1.0
+
+
+def _damped_inverse(moments: Tensor, damping: float, mean: float) -> tuple[Tensor, float]:
+    """Inverse of ``moments`` plus a ridge, a share of ``mean``, grown tenfold until there is one; and the ridge."""
+    alive = moments.diagonal() > 0
     ridge = damping * mean
     while True:
         damped = moments + torch.diag(torch.where(alive, ridge, mean))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import parts
-from ..criteria.base import Criterion, LayerView, Ranking
+from ..criteria.base import Criterion, LayerView, Ranking, layer_scale
 from ..model.state import TokenState
-from ..model.vit import Block, LayerScale, Vit
-from ..statistics import BlockPass, Half, Progress, blocks_of, out_layers, unit_sizes
+from ..model.vit import Vit
+from ..statistics import BlockPass, Half, Kind, Progress, blocks_of, out_layers, unit_sizes
 from ..surgery import make_reducer
 from ..tokens.base import Reducer
 from .counts import Sizes
@@ -53,7 +53,7 @@ class Survey:
             self.routes = _routes(kind, self.patches, model.config.prefix, sizes.patches)
         self.steps = sum(self._steps(index) for index in range(len(self.blocks)))
 
-    def rank(self, step: BlockPass, criterion: Criterion, gates: Mapping[Half, Tensor]) -> dict[Half, Ranking]:
+    def rank(self, step: BlockPass, criterion: Criterion, gates: Mapping[Kind, Tensor]) -> dict[Half, Ranking]:
         """The rankings of a block's halves, with weights as the block's Linears take them.
 
         Args:
@@ -62,7 +62,7 @@ class Survey:
         block = self.blocks[step.number]
         found = {}
         for half, layer in out_layers(block).items():
-            weight, scale = layer.weight.detach(), _layer_scale(block, half)
+            weight, scale = layer.weight.detach(), layer_scale(block, half)
             size = unit_sizes(block)[half]
             levels = tuple(self._levels(half, weight.shape[1] // size))
             number = 2 * step.number + (half == "mlp")
@@ -196,14 +196,6 @@ def curve_through(error: Tensor, levels: Sequence[int], measured: Mapping[int, f
         worst = max(worst, exact.get(count, float(np.interp(float(error[units - count]), known, losses))))
         curve[count] = worst
     return curve
-
-
-def _layer_scale(block: Block, half: Half) -> Tensor:
-    """[C, 1]: the factor of each channel behind a half."""
-    module = block.ls1 if half == "attn" else block.ls2
-    if isinstance(module, LayerScale):
-        return module.gamma.detach()[:, None]
-    return out_layers(block)[half].weight.new_ones(1, 1)
 
 
 def _unscaled(ranking: Ranking, scale: Tensor) -> Ranking:
