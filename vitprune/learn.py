@@ -13,6 +13,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from . import parts
 from .model.vit import Vit, fingerprint
 from .plan import Plan
@@ -28,11 +30,13 @@ class Learned(NamedTuple):
         plan: what stays, within the budget; made for ``model``.
         model: all of the model, with the weights that it learned beside the plan.
         checks: held-out losses on the way, of the model as it was gated then.
+        method_weights: of the plan's token method, as ``surgery.prune`` takes them; mostly there is none.
     """
 
     plan: Plan
     model: Vit
     checks: tuple[Check, ...]
+    method_weights: dict[str, Tensor]
 
 
 def structure_method(name: str) -> type[StructureMethod]:
@@ -49,7 +53,7 @@ def learn(
     model: Vit,
     budget: Budget,
     batches: Batches,
-    held_out: Any,
+    held_out: Tensor,
     settings: RecoverSettings = RecoverSettings(),
     *,
     multiples: Multiples = Multiples(),
@@ -76,7 +80,7 @@ def learn(
     found = recover(
         student, model, batches, held_out, settings, progress=progress, checkpoint=checkpoint, method=method
     )
-    blocks = method.cpu().finish(student.cpu())
+    kept = method.cpu().finish(student.cpu())
     student.to(next(model.parameters()).device)
-    plan = Plan(fingerprint(student), student.config.patches, None, blocks)
-    return Learned(plan, student.eval(), found.checks)
+    plan = Plan(fingerprint(student), student.config.patches, kept.reducer, kept.blocks)
+    return Learned(plan, student.eval(), found.checks, dict(kept.method_weights))

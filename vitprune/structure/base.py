@@ -10,7 +10,7 @@ training that is resumed ends as one that was not interrupted.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
@@ -27,7 +27,6 @@ from ._gates import BlockGates, gated_weights, with_weights
 
 T = TypeVar("T")
 Mean = Callable[[Tensor], Tensor]  # of a tensor over all processes that train
-EPOCH = 1_281_167  # images of ImageNet, whose epochs published step sizes speak of
 
 
 class Amounts(NamedTuple):
@@ -123,6 +122,20 @@ class Group(NamedTuple):
     ascent: bool = False
 
 
+class Kept(NamedTuple):
+    """What a method leaves.
+
+    Attributes:
+        blocks: of each block.
+        reducer: the token method by which patches leave, where some do.
+        method_weights: of that, by names in the model that it is pruned to.
+    """
+
+    blocks: tuple[BlockPlan, ...]
+    reducer: str | None = None
+    method_weights: Mapping[str, Tensor] = {}
+
+
 class Moment(NamedTuple):
     """Where a training is.
 
@@ -152,6 +165,7 @@ class StructureMethod(nn.Module, ABC):
         dims: dims of heads are pruned: of queries and keys, of values.
         depth: whole blocks may be left out.
         labels: gates belong to classes: a model without a classifier cannot be trained so.
+        straight: weights under closed gates learn as if these were open.
     """
 
     recipe: ClassVar[Recipe] = Recipe()
@@ -159,6 +173,7 @@ class StructureMethod(nn.Module, ABC):
     dims: ClassVar[tuple[str, ...]] = ()
     depth: ClassVar[bool] = False
     labels: ClassVar[bool] = False
+    straight: ClassVar[bool] = False
 
     def __init__(self, model: Vit, budget: Budget, multiples: Multiples = Multiples(), steps: int = 1) -> None:
         super().__init__()
@@ -218,14 +233,14 @@ class StructureMethod(nn.Module, ABC):
         """The optimiser has moved the weights; gradients are still there."""
 
     @abstractmethod
-    def finish(self, model: Vit) -> tuple[BlockPlan, ...]:
-        """What stays of each block, within the budget; ``model`` gets the weights with which that equals the mask."""
+    def finish(self, model: Vit) -> Kept:
+        """What stays, within the budget; ``model`` gets the weights with which that equals the mask."""
 
     # the mechanism that all share
 
     def computed(self, model: Vit, compute: Callable[[], T]) -> T:
         """What ``compute`` returns while the weights of ``model`` are multiplied by the gates."""
-        return with_weights(model, gated_weights(model, self.gates()), compute)
+        return with_weights(model, gated_weights(model, self.gates(), straight=self.straight), compute)
 
     def lr_at_least(self, published: float, travel: float) -> float:
         """The published learning rate, or as much as moves by ``travel`` within a third of a shorter training."""

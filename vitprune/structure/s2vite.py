@@ -22,10 +22,9 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import NotSupported
 from ..model.config import VitConfig
 from ..model.vit import Attention, Block, Mlp, Vit
-from ..plan import BlockPlan
 from ..tokens.base import Recipe
 from ._settle import block_plans, uniform
-from .base import Budget, Mean, Moment, Multiples, StructureMethod, Target, drawn
+from .base import Budget, Kept, Mean, Moment, Multiples, StructureMethod, Target, drawn
 
 EVERY, LONG = 15_000, 100  # steps between two changes, and changes in a whole training
 T_END = 0.8  # share of the training after which nothing dies
@@ -103,13 +102,13 @@ class S2ViTE(StructureMethod):
         self._close(model)
 
     @torch.no_grad()
-    def finish(self, model: Vit) -> tuple[BlockPlan, ...]:
+    def finish(self, model: Vit) -> Kept:
         self._close(model)
         for number, block in enumerate(model.blocks):
             fold_value_bias(cast(Block, block).attn, ~self._active(f"heads{number}"))
         blocks = range(len(model.blocks))
         scores = {kind: [self._active(f"{kind}{number}").float() for number in blocks] for kind in ("heads", "mlp")}
-        return block_plans(uniform(self.config, self.budget, self.multiples, tuple(scores), tied=False), scores, self.config)
+        return Kept(block_plans(uniform(self.config, self.budget, self.multiples, tuple(scores), tied=False), scores, self.config))
 
     def _active(self, name: str) -> Tensor:
         return cast(Tensor, getattr(self, name))

@@ -26,12 +26,11 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import InputError
 from ..model.state import TokenState
 from ..model.vit import Block, Vit
-from ..plan import BlockPlan
 from ..tokens.base import Recipe
 from ._gates import BlockGates, with_weights
 from ._lagrangian import Lagrangian
 from ._settle import block_plans, settle
-from .base import Amounts, Budget, Group, Multiples, StructureMethod, Target, parameters
+from .base import Amounts, Budget, Group, Kept, Multiples, StructureMethod, Target, parameters
 
 THETA = 10.0  # of all thresholds at first: sigmoid(10) of the units stay, which is all of them
 WRITES = 16  # kept channels of a half's output are a multiple of it
@@ -147,7 +146,7 @@ class WDPruning(StructureMethod):
         return loss
 
     @torch.no_grad()
-    def finish(self, model: Vit) -> tuple[BlockPlan, ...]:
+    def finish(self, model: Vit) -> Kept:
         scores = {part: [s - s.min() + 1e-6 for s in cast(Any, self.scores[part])] for part in ("heads", "mlp")}
         wanted = {part: [kept_count(float(t), len(s), self._multiple(part)) for s, t in self._pairs(part)] for part in scores}
         for number in range(len(model.blocks)):
@@ -158,7 +157,7 @@ class WDPruning(StructureMethod):
                 own[name].copy_(value)
         runs = [number < self.blocks for number in range(len(model.blocks))]
         counts = settle(wanted, scores, self.config, self._after_writes(), self.multiples, runs=runs)
-        return block_plans(counts, scores, self.config)
+        return Kept(block_plans(counts, scores, self.config))
 
     def _after_writes(self) -> Budget:
         """The budget of heads and MLP units, when the channels that are written are settled."""

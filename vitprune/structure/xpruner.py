@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..model.vit import Block, Vit
-from ..plan import BlockPlan
 from ..tokens.base import Recipe
 from ._gates import BlockGates
 from ._lagrangian import Lagrangian
 from ._settle import block_plans, settle
-from .base import Amounts, Budget, Group, Moment, Multiples, StructureMethod, Target, parameters
+from .base import Amounts, Budget, Group, Kept, Moment, Multiples, StructureMethod, Target, parameters
 
 MASK_LR, THRESHOLD_LR = 1e-3, 0.025
 SPARSITY, SMOOTHNESS = 1e-4, 1e-4  # weights of the penalties
@@ -120,7 +119,7 @@ class XPruner(StructureMethod):
         return Amounts(**found | {kind: torch.stack([one.sum() for one in self.kept(kind)]) for kind in KINDS})
 
     @torch.no_grad()
-    def finish(self, model: Vit) -> tuple[BlockPlan, ...]:
+    def finish(self, model: Vit) -> Kept:
         scores = {kind: self.importances(kind) for kind in KINDS}
         wanted = {kind: [float(one.sum()) for one in self.kept(kind)] for kind in KINDS}
-        return block_plans(settle(wanted, scores, self.config, self.budget, self.multiples), scores, self.config)
+        return Kept(block_plans(settle(wanted, scores, self.config, self.budget, self.multiples), scores, self.config))
