@@ -1,0 +1,173 @@
+"""What every learned method promises, whatever it learns."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from tiny import images, labelled_by, tiny_vit
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vitprune import parts
+from vitprune.budgets import latency_budget, macs_budget, params_budget
+from vitprune.errors import InputError, NotSupported
+from vitprune.learn import Learned, learn, structure_method
+from vitprune.macs import macs
+from vitprune.model.vit import Vit, fingerprint
+from vitprune.plan import Plan
+from vitprune.recover import Batch, RecoverSettings, recover
+from vitprune.search.counts import Counts
+from vitprune.search.latency import LatencyTable
+from vitprune.structure._gates import gated_weights, gates_of, with_weights
+from vitprune.structure._settle import Counts as Kept
+from vitprune.structure.base import Multiples
+from vitprune.surgery import prune, reduce_tokens
+from vitprune_deploy.latency.table import Request, measure_table
+from vitprune_deploy.latency.wholes import onnxruntime_loader
+
+METHODS = parts.names("vitprune.structure")
+SMALL = Multiples(heads=1, mlp=8, head_dim=2)
+SETTINGS = RecoverSettings(steps=12, checks=3, lr=1e-3)
+RECONSTRUCTED = {"cait_cdcp", "xpruner"}
+CLOSE = {"rtol": 0, "atol": 1e-5}  # fp32, sums of other lengths
+
+
+def batches(epoch: int):
+    generator = torch.Generator().manual_seed(epoch)
+    return (Batch(torch.randn(8, 3, 28, 28, generator=generator)) for _ in range(4))
+
+
+@cache
+def learned(name: str) -> tuple[Vit, Learned]:
+    """A model, and what the method found within six tenths of its multiply-accumulates."""
+    model = tiny_vit()
+    return model, learn(name, model, macs_budget(model.config, 0.6), batches, images(8), SETTINGS, multiples=SMALL)
+
+
+def masked(model: Vit, plan: Plan, x: torch.Tensor) -> torch.Tensor:
+    """What all of the model answers when the gates that the plan stands for are closed."""
+    gates = [gates_of(block, kept) for block, kept in zip(model.blocks, plan.blocks, strict=True)]
+    return with_weights(model, gated_weights(model, gates), lambda: model(x))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> LatencyTable:
+    request = Request(batch=1, threads=1, tokens=(), heads=(4, 2, 1), mlp=(64, 32, 8), methods=(), seconds=1.0)
+    return measure_table(tiny_vit(), request, onnxruntime_loader(1), tmp_path_factory.mktemp("table")).table
+
+
+def test_the_methods_are_those_of_the_folder():
+    assert METHODS == ["cait_cdcp", "s2vite", "uvc", "vitslim", "wdpruning", "xpruner"]
+    for name in METHODS:
+        page = __import__(f"vitprune.structure.{name}", fromlist=["x"]).__doc__
+        assert "https://" in page
+        assert ("reconstruction" in page) == (name in RECONSTRUCTED)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", METHODS)
+def test_mask_equals_slice(name, fused):
+    _, found = learned(name)
+    slim = prune(found.model, found.plan)
+    square = all(block.qk_dim == block.v_dim for block in slim.config.blocks)
+    if fused and not square:  # torch's fused kernel wants values of the size of keys: what it falls back on is tested
+        fused = False
+    with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION if fused else SDPBackend.MATH):
+        torch.testing.assert_close(slim(images(4)), masked(found.model, found.plan, images(4)), **CLOSE)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_multiply_accumulates_are_within_the_budget_and_near_it(name):
+    model, found = learned(name)
+    slim = prune(found.model, found.plan).config
+    assert 0.5 < macs(slim) / macs(model.config) <= 0.6
+    assert all(block.mlp % 8 == 0 and block.qk_dim % 2 == 0 and block.v_dim % 2 == 0 for block in slim.blocks)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_measured_latency_is_within_the_budget(name, table):
+    model = tiny_vit()
+    dense_ms = table.predict_ms(Counts.dense([4, 4], [64, 64], 49))
+    least_ms = table.predict_ms(Counts.dense([1, 1], [8, 8], 49))
+    assert least_ms < dense_ms
+    budget = latency_budget(model.config, table, (dense_ms + least_ms) / 2)
+    steps = RecoverSettings(steps=6, checks=1, lr=1e-3)
+    if name in ("cait_cdcp", "vitslim"):
+        with pytest.raises(NotSupported, match="no times of smaller heads"):
+            learn(name, model, budget, batches, images(8), steps, multiples=SMALL)
+        return
+    found = learn(name, model, budget, batches, images(8), steps, multiples=Multiples(1, 8, 8))
+    slim = prune(found.model, found.plan).config
+    amounts = Kept(*zip(*((b.heads, 8, 8, b.mlp) for b in slim.blocks), strict=True), (True, True)).amounts(slim)
+    runs = torch.tensor([float(b.heads > 0) for b in slim.blocks])
+    assert float(budget.cost(amounts._replace(runs=runs))) <= budget.share + 1e-6
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(name, tmp_path):
+    model, whole = learned(name)
+    budget, path = macs_budget(model.config, 0.6), tmp_path / "state.pt"
+
+    def stop(step, steps, what):
+        if step == 6:
+            raise KeyboardInterrupt
+
+    more = {"multiples": SMALL, "checkpoint": path}
+    with pytest.raises(KeyboardInterrupt):
+        learn(name, model, budget, batches, images(8), SETTINGS, progress=stop, **more)
+    assert path.is_file()
+    seen = []
+    found = learn(
+        name, model, budget, batches, images(8), SETTINGS, progress=lambda *a: seen.append(a[0]), **more
+    )
+    assert seen[0] == 5
+    assert found.plan.blocks == whole.plan.blocks
+    for key, value in whole.model.state_dict().items():
+        torch.testing.assert_close(found.model.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["distilled", "no class token", "gated, no biases"])
+@pytest.mark.parametrize("name", METHODS)
+def test_other_models_are_pruned_alike(name, kind):
+    config = {
+        "distilled": {"distilled": True},
+        "no class token": {"class_token": False, "pool": "avg", "final_norm": "pooled"},
+        "gated, no biases": {"gated": True, "activation": "silu", "qkv_bias": False, "proj_bias": False},
+    }[kind]
+    model = tiny_vit(**config)
+    steps = RecoverSettings(steps=4, checks=1, lr=1e-3)
+    found = learn(name, model, macs_budget(model.config, 0.7), batches, images(8), steps, multiples=SMALL)
+    slim = prune(found.model, found.plan)
+    assert macs(slim.config) <= 0.7 * macs(model.config)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        torch.testing.assert_close(slim(images(2)), masked(found.model, found.plan, images(2)), **CLOSE)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_authors_way_to_train_learns_the_labels(name):
+    model = tiny_vit()
+    settings = RecoverSettings(steps=3, checks=1, lr=1e-3, recipe=structure_method(name).recipe)
+    budget = params_budget(model.config, 0.7) if name == "wdpruning" else macs_budget(model.config, 0.7)
+    found = learn(name, model, budget, labelled_by(model), images(8), settings, multiples=SMALL)
+    assert found.checks[-1].step == 3
+    assert found.plan.model_sha256 == fingerprint(found.model) != fingerprint(model)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_cannot_be_pruned_is_a_sentence(name):
+    model = tiny_vit()
+    dense = macs_budget(model.config, 0.5)
+    with pytest.raises(NotSupported, match="then reduce tokens"):
+        structure_method(name)(reduce_tokens(model, "tome", {1: 30}), dense)
+    with pytest.raises(NotSupported, match="normalises across them"):
+        structure_method(name)(tiny_vit(attn_norm=True), dense)
+    with pytest.raises(InputError, match="raise the budget"):
+        learn(name, model, macs_budget(model.config, 0.05), batches, images(8), RecoverSettings(steps=1, checks=1))
+
+
+def test_a_slim_model_recovers_as_any_other():
+    model, found = learned("wdpruning")
+    slim = prune(found.model, found.plan)
+    after = recover(slim, model, batches, images(8), RecoverSettings(steps=16, checks=1, lr=1e-3))
+    assert after.checks[-1].loss < after.checks[0].loss
