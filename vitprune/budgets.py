@@ -29,7 +29,7 @@ def params_budget(config: VitConfig, share: float) -> Budget:
         return (left.runs * (left.heads * attention + left.mlp * (inputs + left.mlp_out))).sum()
 
     dense = float(kept(Amounts.dense(config)))
-    return Budget(lambda left: kept(left) / dense, _checked(share), writes=True)
+    return Budget(lambda left: kept(left) / dense, _checked(share), "parameters", writes=True)
 
 
 def macs_budget(config: VitConfig, share: float) -> Budget:
@@ -43,7 +43,7 @@ def macs_budget(config: VitConfig, share: float) -> Budget:
 
     dense = macs(config)
     fixed = dense - float(of_blocks(Amounts(*(part.double() for part in Amounts.dense(config)))))
-    return Budget(lambda left: (fixed + of_blocks(left)) / dense, _checked(share))
+    return Budget(lambda left: (fixed + of_blocks(left)) / dense, _checked(share), "multiply-accumulates")
 
 
 def latency_budget(config: VitConfig, table: LatencyTable, milliseconds: float) -> Budget:
@@ -68,7 +68,7 @@ def latency_budget(config: VitConfig, table: LatencyTable, milliseconds: float) 
     dense_ms = table.predict_ms(dense)
     if patches != config.patches:
         raise InputError(f"the latency table is of a model with {patches} patches, this one has {config.patches}")
-    return Budget(lambda left: ms(left) / dense_ms, _checked(milliseconds / dense_ms), dims=False)
+    return Budget(lambda left: ms(left) / dense_ms, _checked(milliseconds / dense_ms), "milliseconds", dims=False)
 
 
 def _between(entries: Mapping[int, float], counts: Tensor) -> Tensor:

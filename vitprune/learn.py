@@ -1,11 +1,11 @@
 """Learn what to keep of a model while it trains, with one of the methods in ``vitprune/structure``.
 
-    from vitprune.budgets import macs_budget
-    from vitprune.learn import learn
-    from vitprune.surgery import prune
+from vitprune.budgets import macs_budget
+from vitprune.learn import learn
+from vitprune.surgery import prune
 
-    found = learn("wdpruning", model, macs_budget(model.config, 0.5), batches, held_out, RecoverSettings(steps=3000))
-    slim = prune(found.model, found.plan)  # and then recover(slim, model, ...)
+found = learn("wdpruning", model, macs_budget(model.config, 0.5), batches, held_out, RecoverSettings(steps=3000))
+slim = prune(found.model, found.plan)  # and then recover(slim, model, ...)
 """
 
 from __future__ import annotations

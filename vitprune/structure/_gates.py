@@ -66,7 +66,11 @@ def gates_of(block: Block, kept: BlockPlan) -> dict[str, Tensor]:
             gates[name] = weight.new_zeros(attn.heads, size)
             for place, head in enumerate(kept.heads):
                 gates[name][head, list(dims[place]) if dims else slice(None)] = 1
-        gates |= {"k": gates["q"], "proj": gates["v"], "attn_out": weight.new_full((len(weight),), float(bool(kept.heads)))}
+        gates |= {
+            "k": gates["q"],
+            "proj": gates["v"],
+            "attn_out": weight.new_full((len(weight),), float(bool(kept.heads))),
+        }
     if mlp is not None:
         weight = mlp.fc2.weight
         gates["fc1"] = weight.new_zeros(mlp.fc2.in_features)

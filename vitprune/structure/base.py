@@ -66,6 +66,7 @@ class Budget(NamedTuple):
     Attributes:
         cost: in which terms; ``vitprune.budgets`` has parameters, multiply-accumulates and measured latency.
         share: of the dense model's cost.
+        unit: what it is told in.
         writes: the cost knows of channels that a half does not write to, so that methods which can may learn them. They
             save parameters and no time: the rows of ``proj`` and ``fc2`` become zeros.
         dims: the cost knows of the dims of heads.
@@ -73,6 +74,7 @@ class Budget(NamedTuple):
 
     cost: Cost
     share: float
+    unit: str
     writes: bool = False
     dims: bool = True
 
@@ -187,7 +189,9 @@ class StructureMethod(nn.Module, ABC):
         if config.reducer is not None or any(block.patches is not None for block in config.blocks):
             raise NotSupported(f"{name} prunes a model that keeps all of its tokens; prune first, then reduce tokens")
         if any(not block.heads or not block.mlp for block in config.blocks):
-            raise NotSupported(f"{name} needs attention and MLP in each block, and some of this model's are gone already")
+            raise NotSupported(
+                f"{name} needs attention and MLP in each block, and some of this model's are gone already"
+            )
         if config.attn_norm or config.mlp_norm:
             raise NotSupported(f"{name} prunes heads and hidden units, and this model normalises across them")
         if "qk" in cls.dims and config.qk_norm:
@@ -203,7 +207,7 @@ class StructureMethod(nn.Module, ABC):
     @property
     def identity(self) -> str:
         """What a checkpoint must have been made with, to be gone on from."""
-        return f"{type(self).__module__} {self.budget.share} {self.multiples} {self.steps}"
+        return f"{type(self).__module__} {self.budget.share} of {self.budget.unit} {self.multiples} {self.steps}"
 
     # what the training loop calls, in this order
 

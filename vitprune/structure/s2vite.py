@@ -70,7 +70,9 @@ class S2ViTE(StructureMethod):
     def check(cls, config: VitConfig, budget: Budget) -> None:
         super().check(config, budget)
         if config.qkv_bias and not config.proj_bias:
-            raise NotSupported("s2vite leaves the bias of dead heads' values to proj, and this model's proj has no bias")
+            raise NotSupported(
+                "s2vite leaves the bias of dead heads' values to proj, and this model's proj has no bias"
+            )
 
     def attach(self, model: Vit) -> list[RemovableHandle]:
         self._close(model)
@@ -108,7 +110,11 @@ class S2ViTE(StructureMethod):
             fold_value_bias(cast(Block, block).attn, ~self._active(f"heads{number}"))
         blocks = range(len(model.blocks))
         scores = {kind: [self._active(f"{kind}{number}").float() for number in blocks] for kind in ("heads", "mlp")}
-        return Kept(block_plans(uniform(self.config, self.budget, self.multiples, tuple(scores), tied=False), scores, self.config))
+        return Kept(
+            block_plans(
+                uniform(self.config, self.budget, self.multiples, tuple(scores), tied=False), scores, self.config
+            )
+        )
 
     def _active(self, name: str) -> Tensor:
         return cast(Tensor, getattr(self, name))

@@ -75,7 +75,11 @@ class UVC(StructureMethod):
         super().__init__(model, budget, multiples, steps)
         blocks = model.config.blocks
         self.kinds = KINDS if budget.dims else KINDS[:2]
-        self.sizes = {"heads": [b.heads for b in blocks], "mlp": [b.mlp for b in blocks], "v": [b.v_dim for b in blocks]}
+        self.sizes = {
+            "heads": [b.heads for b in blocks],
+            "mlp": [b.mlp for b in blocks],
+            "v": [b.v_dim for b in blocks],
+        }
         heads = max(self.sizes["heads"])
         for kind in KINDS:
             shape = (len(blocks), heads) if kind == "v" else (len(blocks),)
@@ -131,7 +135,9 @@ class UVC(StructureMethod):
         stretch = max(1.0, PUBLISHED_STEPS / self.steps)
         for kind in self.kinds:
             for number, one in enumerate(scores[kind]):
-                drop, y = (buffer[number][..., : len(one)] if kind == "v" else buffer[number] for buffer in self._pair(kind))
+                drop, y = (
+                    buffer[number][..., : len(one)] if kind == "v" else buffer[number] for buffer in self._pair(kind)
+                )
                 y.copy_(ascended(y, Y_LR * stretch, (one * least(one, drop)).sum(-1)))
         z = cast(Tensor, self.z)
         z.copy_(ascended(z, z_lr(moment.done), (cost - self.budget.share).clamp(-MOST_GAP, MOST_GAP)))

@@ -80,7 +80,13 @@ class VitSlim(StructureMethod):
     def check(cls, config: VitConfig, budget: Budget) -> None:
         super().check(config, budget)
         if any(block.qk_dim != block.v_dim for block in config.blocks):
-            raise NotSupported("vitslim prunes queries, keys and values alike, and this model's values are of another size")
+            raise NotSupported(
+                "vitslim prunes queries, keys and values alike, and this model's values are of another size"
+            )
+
+    @property
+    def identity(self) -> str:
+        return f"{super().identity} {self.patches}"
 
     def groups(self) -> list[Group]:
         return [Group(list(self.parameters()), self.lr_at_least(LR, 0.5))]
@@ -108,7 +114,9 @@ class VitSlim(StructureMethod):
         return [{"q": heads, "k": heads, "v": heads, "fc2": units} for heads, units in pairs]
 
     def penalty(self, model: Vit, target: Target) -> Tensor:
-        loss = DIMS * sum(mask.abs().sum() for mask in self.heads) + UNITS * sum(mask.abs().sum() for mask in self.units)
+        loss = DIMS * sum(mask.abs().sum() for mask in self.heads) + UNITS * sum(
+            mask.abs().sum() for mask in self.units
+        )
         return cast(Tensor, loss + PATCHES * sum(mask.tanh().abs().sum() for mask in self.positions))
 
     @torch.no_grad()
@@ -149,5 +157,7 @@ class VitSlim(StructureMethod):
             plans.append(BlockPlan(block.heads, block.mlp, count if count < left else None, block.qk, block.v))
             left = count
             if plans[-1].patches is not None:
-                weights[f"blocks.{number}.reducer.significance"] = of_block.float() + self.positions[number].sigmoid() / 2
+                weights[f"blocks.{number}.reducer.significance"] = (
+                    of_block.float() + self.positions[number].sigmoid() / 2
+                )
         return Kept(tuple(plans), "psvit" if weights else None, weights)

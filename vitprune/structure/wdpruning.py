@@ -96,7 +96,9 @@ class WDPruning(StructureMethod):
         for part, counts in sizes.items():
             self.scores[part] = parameters(torch.zeros(count) for count in counts)
             self.thresholds[part] = parameters(torch.tensor(THETA) for _ in counts)
-        self.units = "fc2" if model.config.activation == "sigmoid" and not model.config.gated else "fc1"  # sigmoid(0) > 0
+        self.units = (
+            "fc2" if model.config.activation == "sigmoid" and not model.config.gated else "fc1"
+        )  # sigmoid(0) > 0
         self.lagrangian = Lagrangian()
         places = {depth - 2, depth - 1, self.blocks} if model.config.classes else set()
         self.places = sorted(place for place in places if 0 < place < depth)
@@ -115,6 +117,10 @@ class WDPruning(StructureMethod):
 
         return [model.blocks[place - 1].register_forward_hook(keep(place)) for place in self.places]
 
+    @property
+    def identity(self) -> str:
+        return f"{super().identity} {self.blocks}"
+
     def groups(self) -> list[Group]:
         lr = self.lr_at_least(self.published_lr, 0.8 * THETA)
         groups = [Group([*self.scores.parameters(), *self.thresholds.parameters()], lr), self.lagrangian.group()]
@@ -126,12 +132,16 @@ class WDPruning(StructureMethod):
             head = self._mask("heads", number)[:, None]
             gates = {"q": head.expand(-1, block.qk_dim), "v": head.expand(-1, block.v_dim)}
             gates |= {"k": gates["q"], self.units: self._mask("mlp", number)}
-            found.append(gates | {part: self._mask(part, number) for part in self.scores if part not in ("heads", "mlp")})
+            found.append(
+                gates | {part: self._mask(part, number) for part in self.scores if part not in ("heads", "mlp")}
+            )
         return found
 
     def amounts(self) -> Amounts:
         """What the thresholds leave, before it is rounded."""
-        found = {name: value.to(self.lagrangian.lam1.device) for name, value in Amounts.dense(self.config)._asdict().items()}
+        found = {
+            name: value.to(self.lagrangian.lam1.device) for name, value in Amounts.dense(self.config)._asdict().items()
+        }
         for part, of in self.thresholds.items():
             found[part] = (torch.stack(list(cast(Any, of))).sigmoid() * found[part]).clamp_min(1)
         found["runs"] = (torch.arange(len(found["runs"])) < self.blocks).to(found["runs"])
@@ -148,7 +158,9 @@ class WDPruning(StructureMethod):
     @torch.no_grad()
     def finish(self, model: Vit) -> Kept:
         scores = {part: [s - s.min() + 1e-6 for s in cast(Any, self.scores[part])] for part in ("heads", "mlp")}
-        wanted = {part: [kept_count(float(t), len(s), self._multiple(part)) for s, t in self._pairs(part)] for part in scores}
+        wanted = {
+            part: [kept_count(float(t), len(s), self._multiple(part)) for s, t in self._pairs(part)] for part in scores
+        }
         for number in range(len(model.blocks)):
             self._close_writes(cast(Block, model.blocks[number]), number)
         if self.blocks < len(model.blocks):
