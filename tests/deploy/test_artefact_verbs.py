@@ -203,6 +203,23 @@ def test_inspect_shows_figures_blocks_engines_and_that_the_files_are_whole(built
     assert f"warning: {found['warnings'][0]}" in text
 
 
+def test_inspect_warns_of_sizes_that_kernels_do_not_favour(built, tmp_path, capsys):
+    folder = copied(built, tmp_path)
+    config = json.loads((folder / "model.json").read_text())
+    config["blocks"][0] |= {"qk_dim": 24, "v_dim": 20, "mlp": 60}
+    config["blocks"][1] |= {"heads": 0, "mlp": 64, "qk_dim": 24, "v_dim": 20}
+    (folder / "model.json").write_text(json.dumps(config))
+    write_manifest(folder)
+    assert cli.main(["inspect", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["blocks"]["qk"] == [24, 0]
+    assert found["warnings"] == [
+        "TensorRT's fused attention takes heads of 16 to 256 channels in multiples of 8, and those of block 0 have 20",
+        "MLP units are multiples of 8 where kernels favour it, and there are 60 in block 0",
+        "dims of a head are multiples of 8 where kernels favour it, and there are 20 in block 0",
+    ]
+
+
 def test_inspect_shows_what_the_build_found_of_the_engine(built, tmp_path, capsys):
     folder = copied(built, tmp_path)
     plain = json.loads((folder / "manifest.json").read_text())

@@ -57,12 +57,22 @@ def test_a_table_is_measured_filled_and_corrected(measured):
     assert told[-1][0] <= told[-1][1] == 1000
 
 
-def test_without_a_token_method_the_last_block_may_still_be_for_the_prefix_alone(model, tmp_path):
-    request = replace(REQUEST, tokens=(0,), heads=(4, 2), methods=())
-    table = measure_table(model, request, onnxruntime_loader(1), tmp_path).table
+def test_without_a_token_method_the_last_block_may_still_be_for_the_prefix_alone_and_heads_lose_dims(
+    measured, model, tmp_path
+):
+    request = replace(REQUEST, tokens=(0,), heads=(4, 2), methods=(), qk=(4,))
+    result = measure_table(model, request, onnxruntime_loader(1), tmp_path)
+    table, device = result.table, result.table.circumstances.device
     assert table.levels.tokens == (49,)
     assert set(table.attn_prefix) == {(49, 4), (49, 2)}
     assert set(table.head) == {49, 0}
+    assert (table.levels.qk, table.levels.v) == ((8, 4), (8,))
+    assert set(table.attn_dims) == {(49, 4, 4, 8), (49, 2, 4, 8)}
+    assert all(entry.measured and entry.ms > 0 for entry in table.attn_dims.values())
+    assert any(whole.counts.qk is not None for whole in result.wholes)
+    assert accept(table, model.config, request, device) == []
+    (warning,) = accept(measured[0].table, model.config, replace(REQUEST, v=(4,)), device)
+    assert "lacks times of some dims of heads" in warning
 
 
 def test_a_last_block_for_the_prefix_alone_is_measured_where_it_is_asked_for(measured, model, tmp_path):
@@ -75,6 +85,24 @@ def test_a_last_block_for_the_prefix_alone_is_measured_where_it_is_asked_for(mea
     assert measured[0].table.attn_prefix == {}
     device = result.table.circumstances.device
     assert accept(result.table, model.config, request, device) == accept(result.table, model.config, REQUEST, device)
+
+
+def test_of_a_large_grid_of_dims_some_are_measured():
+    levels = make_levels(tiny_config(heads=2), replace(REQUEST, heads=(2, 1), qk=(16, 12, 8, 4), v=(16, 8)))
+    parts = tables._dim_parts(levels)
+    assert {(part.patches, part.width) for part in parts} == {(n, h) for n in (49, 12) for h in (2, 1)}
+    # the fewest of either, of both, and the middle ones
+    assert {part.dims for part in parts} == {(4, 16), (16, 8), (4, 8), (8, 8)}
+    assert tables._dim_parts(make_levels(tiny_config(), REQUEST)) == []
+
+
+def test_pieces_and_whole_models_have_the_dims_that_are_asked_for(model, tmp_path):
+    path = PieceFiles(model, tmp_path, 2, "fp32", "onnxruntime").attention(3, dims=(4, 6))
+    assert path.stem == "attn3_4_6"
+    shapes = {tuple(one.dims) for one in onnx.load(path).graph.initializer}
+    assert {(32, 3 * 14), (3 * 6, 32)} <= shapes | {shape[::-1] for shape in shapes}
+    made = slim(model, Counts((3,), (64,), (49,), (4,), (6,)), None)
+    assert [(b.heads, b.qk_dim, b.v_dim) for b in made.config.blocks] == [(3, 4, 6)]
 
 
 @pytest.mark.parametrize("slow", [1, 2])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -122,14 +122,14 @@ class DimRanking:
         error: [D + 1] loss proxy after the removal of the first i dims of every head, as in ``Ranking``.
         factors: kept count -> [H, kept] factors of the queries of the kept dims, ascending, with which the logits make
             up for the removed ones; empty for values, and for criteria that leave weights as they are.
-        layer: of values, where the criterion makes up for removed columns: ``proj`` with the moments of what it reads,
-            from which the weight for any set of kept heads and dims follows; else None.
+        layer: of values, where the criterion makes up for removed columns: gives ``proj`` with the moments of what it
+            reads, from which the weight for any set of kept heads and dims follows; else None.
     """
 
     order: Tensor
     error: Tensor
     factors: Mapping[int, Tensor] = field(default_factory=dict)
-    layer: LayerView | None = None
+    layer: Callable[[], LayerView] | None = None
 
     @classmethod
     def of_heads(cls, heads: list[Ranking]) -> DimRanking:

@@ -20,7 +20,13 @@ from .counts import Counts
 from .probes import distance, ending_early, put_in
 from .rankings import Rankings
 
-Choice = tuple[int, int, int | None]  # heads, hidden units and patch tokens that a block leaves; None: all that enter
+Attn = tuple[
+    int, int | None, int | None
+]  # heads, and the dims of their queries and keys, and of their values; None: all
+Choice = tuple[
+    Attn, int, int | None
+]  # attention, hidden units and patch tokens that a block leaves; None: all that enter
+NO_HEADS: Attn = (0, None, None)
 
 
 def evaluate_counts(
@@ -63,7 +69,7 @@ class Evaluator:
         self.method, self.method_weights = token_method, method_weights
         if token_method is not None:
             parts.load("vitprune.tokens", token_method, Reducer)  # type: ignore[type-abstract]
-        self.halves: dict[tuple[int, Half, int], nn.Module | None] = {}
+        self.halves: dict[tuple[int, Half, int | Attn], nn.Module | None] = {}
         self.reducers: dict[int, Reducer] = {}
         with torch.no_grad():
             self.entering = [model.embed(batch) for batch in batches(model, images)]
@@ -96,24 +102,31 @@ class Evaluator:
             if keep and (not heads or self.method is None):
                 lacks = "no token method was named" if heads else "without attention it cannot"
                 raise InputError(f"plan {number} leaves {keep} patch tokens at block {block}, but {lacks}")
-        return list(zip(plan.heads, plan.mlp, out, strict=True))
+        attention = [(heads, *(plan.dims(block) or (None, None))) for block, heads in enumerate(plan.heads)]
+        return list(zip(attention, plan.mlp, out, strict=True))
 
     def _make_halves(self, plans: Sequence[Sequence[Choice]]) -> None:
         """Prune what the plans need and was not made before: as few whole models as bear all of it."""
-        heads: list[list[int]] = []
+        attention: list[list[Attn]] = []
         mlps: list[list[int]] = []
         for block in range(len(self.model.blocks)):
             wanted = [plan[block] for plan in plans]
-            heads.append(sorted({h for h, _, _ in wanted if (block, "attn", h) not in self.halves}))
+            attention.append(sorted({a for a, _, _ in wanted if (block, "attn", a) not in self.halves}, key=str))
             mlps.append(sorted({m for _, m, _ in wanted if (block, "mlp", m) not in self.halves}))
-        config = self.model.config
-        for row in zip_longest(zip_longest(*heads), zip_longest(*mlps)):
-            h, m = ([0 if count is None else count for count in counts or [0] * len(heads)] for counts in row)
-            plan = self.rankings.plan(self.sha256, h, m, [None] * len(h), patches=config.patches)
-            slim = prune(self.model, plan, self.rankings.weights(h, m))
-            for block, made in enumerate(blocks_of(slim)):
-                self.halves[block, "attn", h[block]] = made.attn
-                self.halves[block, "mlp", m[block]] = made.mlp
+        nothing = [None] * len(attention)
+        for row in zip_longest(zip_longest(*attention), zip_longest(*mlps)):
+            self._make_row([a or NO_HEADS for a in row[0] or nothing], [m or 0 for m in row[1] or nothing])
+
+    def _make_row(self, attention: Sequence[Attn], units: Sequence[int]) -> None:
+        """Prune one half of each kind for every block."""
+        heads = [h for h, _, _ in attention]
+        qk, v = ([dims[kind] or 0 for dims in attention] for kind in (1, 2))
+        out, patches = [None] * len(heads), self.model.config.patches
+        plan = self.rankings.plan(self.sha256, heads, units, out, patches=patches, kept_qk=qk, kept_v=v)
+        slim = prune(self.model, plan, self.rankings.weights(heads, units, qk, v))
+        for block, made in enumerate(blocks_of(slim)):
+            self.halves[block, "attn", attention[block]] = made.attn
+            self.halves[block, "mlp", units[block]] = made.mlp
 
     def _descend(
         self, state: TokenState, depth: int, members: list[int], plans: Sequence[Sequence[Choice]]
@@ -131,9 +144,9 @@ class Evaluator:
 
     def _run(self, index: int, choice: Choice, state: TokenState) -> TokenState:
         """The tokens that leave block ``index`` when it is what ``choice`` says."""
-        heads, mlp, keep = choice
+        attention, mlp, keep = choice
         block = blocks_of(self.model)[index]
-        change: dict[str, Any] = {"attn": self.halves[index, "attn", heads], "mlp": self.halves[index, "mlp", mlp]}
+        change: dict[str, Any] = {"attn": self.halves[index, "attn", attention], "mlp": self.halves[index, "mlp", mlp]}
         if keep and self.method is not None:
             change |= {"reducer": self._reducer(self.method, index), "keep": keep}
         elif index == len(self.model.blocks) - 1 and self.model.config.reads_prefix_only:

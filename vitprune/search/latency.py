@@ -2,7 +2,8 @@
 
 A model's time is ``a + b * (stem + head + sum of half blocks and reductions) + kappa * megabytes of weights``: a piece
 that is timed in a loop finds its weights in the cache, and inside a model they come cold. Given the tokens, heads and
-MLP width are separable, so the table has ``tokens * (heads + mlp)`` entries.
+MLP width are separable, so the table has ``tokens * (heads + mlp)`` entries; where heads may lose dims, attention has
+one for each number of heads and dims.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from ..errors import InputError
 from .counts import Counts, TokenMethod
+from .dims import DimKey, dim_keys, fill_dims
 from .fit import fit_nonnegative, fit_whole, level_factors
 
 Key = tuple[int, int]
@@ -66,7 +68,8 @@ class Levels:
         prefix: tokens in front of the patches, which attention sees as well.
         tokens: numbers of patch tokens.
         heads, mlp: attention heads and MLP hidden units of a block.
-        head_bytes, unit_bytes: weights of one head and of one MLP unit, biases left out.
+        head_bytes, unit_bytes: weights of one head with all its dims and of one MLP unit, biases left out.
+        qk, v: dims of a head's queries and keys, and of its values; both empty where all of them stay.
     """
 
     prefix: int
@@ -75,9 +78,11 @@ class Levels:
     mlp: tuple[int, ...]
     head_bytes: float
     unit_bytes: float
+    qk: tuple[int, ...] = ()
+    v: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "heads", "mlp"):
+        for name in ("tokens", "heads", "mlp", *(("qk", "v") if self.qk or self.v else ())):
             levels = getattr(self, name)
             if not levels or list(levels) != sorted(set(levels), reverse=True) or levels[-1] < 1:
                 raise InputError(f"a latency table's {name} must be descending numbers from 1 on, got {levels}")
@@ -87,6 +92,10 @@ class Levels:
     def steps(self) -> list[Key]:
         """All (patches, fewer patches) of the grid."""
         return list(combinations(self.tokens, 2))
+
+    def dim_keys(self) -> list[DimKey]:
+        """All (patches, heads, dims of queries and keys, dims of values) of the grid that lack some dims."""
+        return dim_keys(self.tokens, self.heads, self.qk, self.v) if self.qk else []
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,8 @@ class Pieces:
         reduce: token method -> (patches, fewer patches) -> time of attention with the reduction minus attention alone.
         attn_prefix: as ``attn``, of a last block that is computed for the prefix tokens alone, as its MLP and the head
             then are: (0, units) in ``mlp``, 0 in ``head``; empty where the model reads patches behind it.
+        attn_dims: (patches, heads, dims of queries and keys, dims of values) -> the attention half, of heads that lack
+            some of their dims; empty where none may go.
     """
 
     attn: Mapping[Key, float]
@@ -111,6 +122,7 @@ class Pieces:
     attn_sized: Mapping[Key, float]
     reduce: Mapping[str, Mapping[Key, float]]
     attn_prefix: Mapping[Key, float] = field(default_factory=dict)
+    attn_dims: Mapping[DimKey, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,8 +130,8 @@ class LatencyTable:
     """Milliseconds of a model's parts on one device. Token counts between its levels are refused, not interpolated.
 
     Attributes:
-        attn, mlp, attn_sized, head, reduce, attn_prefix: as in ``Pieces``, for the whole grid; ``attn_sized`` and
-            ``attn_prefix`` may be empty.
+        attn, mlp, attn_sized, head, reduce, attn_prefix, attn_dims: as in ``Pieces``, for the whole grid;
+            ``attn_sized``, ``attn_prefix`` and ``attn_dims`` may be empty.
         correction: (a in ms, b, kappa in ms per megabyte), see above; (0, 1, 0) before whole models were measured.
     """
 
@@ -133,6 +145,7 @@ class LatencyTable:
     reduce: Mapping[str, Mapping[Key, Entry]]
     attn_prefix: Mapping[Key, Entry] = field(default_factory=dict)
     correction: tuple[float, float, float] = (0.0, 1.0, 0.0)
+    attn_dims: Mapping[DimKey, Entry] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         grid = self.levels
@@ -146,6 +159,7 @@ class LatencyTable:
             _check("sized attention", self.attn_sized, list(self.attn))
         for method, entries in self.reduce.items():
             _check(method, entries, grid.steps())
+        _check("head dims", self.attn_dims, grid.dim_keys())
         if not np.isfinite([self.stem_ms, *self.correction]).all() or self.stem_ms < 0 or self.correction[1] <= 0:
             raise InputError(f"latency table: stem_ms {self.stem_ms} or correction {self.correction} is no time")
 
@@ -156,7 +170,7 @@ class LatencyTable:
         With n = prefix + patches: attention c0 + c1 n h + c2 n^2 h + c3 n, without c2 where the prefix tokens alone
         ask; token sizes add c0 + c1 n + c2 n^2 h; MLP c0 + c1 n m + c3 n; a step from n to k tokens c0 + c1 n + c2 n k
         + c3 n^2; the head c0 + c1 n. All c >= 0. Attention and MLP times a factor for each level, see
-        ``level_factors``.
+        ``level_factors``; fewer dims of heads as ``fill_dims`` says.
         Times of reductions are differences, and one that noise made negative counts as 0.
 
         Raises:
@@ -186,27 +200,53 @@ class LatencyTable:
             for name, measured in pieces.reduce.items()
         }
         sized = _fill_sized(attn, pieces.attn_sized, at) if pieces.attn_sized else {}
-        return cls(circumstances, levels, attn, mlp, pieces.stem_ms, head, sized, reduce, prefix)
+        found = cls(circumstances, replace(levels, qk=(), v=()), attn, mlp, pieces.stem_ms, head, sized, reduce, prefix)
+        return found._with_dims(levels, pieces.attn_dims)
+
+    def _with_dims(self, levels: Levels, measured: Mapping[DimKey, float]) -> LatencyTable:
+        """The table over ``levels``, with entries of heads that lack dims."""
+        keys = levels.dim_keys()
+        if not keys and not measured:
+            return self
+        whole_ms = {key: entry.ms for key, entry in self.attn.items()}
+        filled = fill_dims(keys, (levels.qk[0], levels.v[0]), levels.prefix, whole_ms, measured)
+        return replace(self, levels=levels, attn_dims={key: Entry(ms, key in measured) for key, ms in filled.items()})
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """Levels of patch tokens, descending."""
         return self.levels.tokens
 
-    def attn_ms(self, patches: int, heads: int, sized: bool = False) -> float:
-        """The attention half on ``prefix + patches`` tokens; 0 for 0 heads. ``sized``: with the bias of token sizes.
+    def attn_ms(self, patches: int, heads: int, sized: bool = False, dims: tuple[int, int] | None = None) -> float:
+        """The attention half on ``prefix + patches`` tokens; 0 for 0 heads.
+
+        Args:
+            sized: with the bias of token sizes, which takes as long whatever dims there are.
+            dims: of a head's queries and keys, and of its values; None: all.
 
         Raises:
             InputError: the table has no such entry.
         """
-        entries = self.attn_sized if sized else self.attn
-        return (
-            0.0 if heads == 0 else self._entry("sized attention" if sized else "attention", entries, (patches, heads))
-        )
+        if heads == 0:
+            return 0.0
+        name, entries = ("sized attention", self.attn_sized) if sized else ("attention", self.attn)
+        return self._entry(name, entries, (patches, heads)) - self._saved_ms(patches, heads, dims)
 
-    def attn_prefix_ms(self, patches: int, heads: int) -> float:
-        """The attention half of a last block computed for the prefix tokens alone. Raises as ``attn_ms``."""
-        return 0.0 if heads == 0 else self._entry("last attention", self.attn_prefix, (patches, heads))
+    def attn_prefix_ms(self, patches: int, heads: int, dims: tuple[int, int] | None = None) -> float:
+        """The attention half of a last block computed for the prefix tokens alone. Arguments as of ``attn_ms``.
+
+        Dims are taken to save the same share as where all tokens ask.
+        """
+        if heads == 0:
+            return 0.0
+        share = self._saved_ms(patches, heads, dims) / max(self.attn_ms(patches, heads), 1e-300)
+        return self._entry("last attention", self.attn_prefix, (patches, heads)) * (1 - share)
+
+    def _saved_ms(self, patches: int, heads: int, dims: tuple[int, int] | None) -> float:
+        """What attention takes less when heads lack dims."""
+        if dims is None or dims == (*self.levels.qk[:1], *self.levels.v[:1]):
+            return 0.0
+        return self.attn[patches, heads].ms - self._entry("head dims", self.attn_dims, (patches, heads, *dims))
 
     def mlp_ms(self, patches: int, units: int) -> float:
         """The MLP half; 0 for 0 units. Raises as ``attn_ms``."""
@@ -225,12 +265,22 @@ class LatencyTable:
     def _entry(self, name: str, entries: Mapping[Any, Entry], key: Any) -> float:
         if key not in entries:
             known = f"tokens {self.levels.tokens}, heads {self.levels.heads}, mlp {self.levels.mlp}"
+            known += f", dims {self.levels.qk} and {self.levels.v}" if self.levels.qk else ""
             raise InputError(f"the latency table has no {name} entry for {key}; it covers {known}; measure it again")
         return entries[key].ms
 
     def megabytes(self, counts: Counts) -> float:
         """Weights of the kept heads and units, in 10^6 bytes."""
-        return (self.levels.head_bytes * sum(counts.heads) + self.levels.unit_bytes * sum(counts.mlp)) / 1e6
+        heads: float = sum(counts.heads)
+        if counts.qk is not None:
+            heads = sum(n * self.share_of_head(counts.dims(block)) for block, n in enumerate(counts.heads))
+        return (self.levels.head_bytes * heads + self.levels.unit_bytes * sum(counts.mlp)) / 1e6
+
+    def share_of_head(self, dims: tuple[int, int] | None) -> float:
+        """The share of a head's weights that ``dims`` of its queries and keys, and of its values, make up."""
+        if dims is None or not self.levels.qk:
+            return 1.0
+        return sum(dims) / (self.levels.qk[0] + self.levels.v[0])
 
     def sum_ms(self, counts: Counts, method: TokenMethod | None = None) -> float:
         """The sum of the parts, uncorrected. ``method`` reduces the tokens; None where none leaves.
@@ -240,8 +290,9 @@ class LatencyTable:
         """
         total, patches = self.stem_ms, self.levels.tokens[0]
         for block, (heads, units, left) in enumerate(zip(counts.heads, counts.mlp, counts.patches, strict=True)):
+            dims = counts.dims(block)
             if left == 0:
-                return total + self.attn_prefix_ms(patches, heads) + self.mlp_ms(0, units) + self.head_ms(0)
+                return total + self.attn_prefix_ms(patches, heads, dims) + self.mlp_ms(0, units) + self.head_ms(0)
             if left != patches and (method is None or heads == 0):
                 why = "without a token method" if method is None else "without attention"
                 raise InputError(f"block {block} turns {patches} patch tokens into {left} {why}")
@@ -249,7 +300,7 @@ class LatencyTable:
                 total += self.reduce_ms(method.name, patches, left)
             seen = left if method is not None and method.where != "after" else patches
             sized = method is not None and method.proportional and seen < self.levels.tokens[0]
-            total += self.attn_ms(seen, heads, sized) + self.mlp_ms(left, units)
+            total += self.attn_ms(seen, heads, sized, dims) + self.mlp_ms(left, units)
             patches = left
         return total + self.head_ms(patches)
 
@@ -275,7 +326,7 @@ class LatencyTable:
         """Plain lists, numbers and strings, for JSON; entries as [key, key, ms, measured]."""
         return {
             "circumstances": asdict(self.circumstances) | {"image_size": list(self.circumstances.image_size)},
-            "levels": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.levels).items()},
+            "levels": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.levels).items() if v != ()},
             "attn": _plain(self.attn),
             "mlp": _plain(self.mlp),
             "stem_ms": self.stem_ms,
@@ -284,6 +335,7 @@ class LatencyTable:
             "reduce": {name: _plain(entries) for name, entries in self.reduce.items()},
             "attn_prefix": _plain(self.attn_prefix),
             "correction": list(self.correction),
+            **({"attn_dims": [[*key, *entry] for key, entry in self.attn_dims.items()]} if self.attn_dims else {}),
         }
 
     @classmethod
@@ -308,6 +360,10 @@ class LatencyTable:
                 reduce={name: _entries(rows) for name, rows in plain["reduce"].items()},
                 attn_prefix=_entries(plain["attn_prefix"]),
                 correction=_three(plain["correction"]),
+                attn_dims={
+                    (int(n), int(h), int(qk), int(v)): Entry(float(ms), bool(measured))
+                    for n, h, qk, v, ms, measured in plain.get("attn_dims", ())
+                },
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"this is not a latency table: {type(error).__name__} {error}") from error

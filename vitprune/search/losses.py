@@ -11,14 +11,14 @@ twice.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from .. import parts
-from ..criteria.base import Criterion, Ranking
+from ..criteria.base import Criterion, DimRanking, Ranking
 from ..errors import InputError, NotSupported
 from ..model.vit import Vit
 from ..statistics import Half, Progress, blocks_of, gate_gradients, stream_blocks
@@ -26,7 +26,7 @@ from ..surgery import check_method
 from .counts import Sizes
 from .evaluate import Evaluator, evaluate_counts
 from .probes import cosine_distance, kl_to_dense
-from .rankings import Rankings, save_index, save_ranking
+from .rankings import DIMS, Dim, Rankings, save_dim_ranking, save_index, save_ranking
 from .survey import Curve, Survey
 
 __all__ = [
@@ -51,12 +51,15 @@ class LossTable:
         tokens: per block, patch tokens left -> E_l(k); an empty dict where there is no token method. A level that no
             plan can reach at that block is missing.
         token_method: name of the token method.
+        qk, v: per block, kept dims of its heads' queries and keys, and of their values -> loss; empty where all stay.
     """
 
     heads: list[Curve]
     mlp: list[Curve]
     tokens: list[Curve]
     token_method: str | None
+    qk: list[Curve] = field(default_factory=list)
+    v: list[Curve] = field(default_factory=list)
 
     def head_loss(self, block: int, kept: int) -> float:
         """Loss when ``block`` keeps ``kept`` heads.
@@ -88,7 +91,8 @@ class LossTable:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, for JSON."""
-        curves = {name: [{str(k): v for k, v in curve.items()} for curve in getattr(self, name)] for name in _CURVES}
+        names = [*_CURVES, *(name for name in DIMS if getattr(self, name))]
+        curves = {name: [{str(k): v for k, v in curve.items()} for curve in getattr(self, name)] for name in names}
         return {**curves, "token_method": self.token_method}
 
     @classmethod
@@ -99,7 +103,10 @@ class LossTable:
             InputError: a key is missing or has another type.
         """
         try:
-            curves = {name: [{int(k): float(v) for k, v in curve.items()} for curve in plain[name]] for name in _CURVES}
+            given = {name: plain[name] for name in _CURVES} | {name: plain[name] for name in DIMS if name in plain}
+            curves = {
+                name: [{int(k): float(v) for k, v in curve.items()} for curve in found] for name, found in given.items()
+            }
             return cls(**curves, token_method=plain["token_method"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"this is not a loss table: {type(error).__name__} {error}") from error
@@ -137,11 +144,13 @@ def measure_losses(
     kind: Any = Criterion  # an abstract class is no type[...] to mypy
     rank: Criterion = parts.load("vitprune.criteria", criterion, kind)()
     _check_token_method(model, token_method)
-    gates = gate_gradients(model, images, progress=progress) if rank.needs == "gates" else None
+    dims = bool(sizes.qk or sizes.v)
+    gates = gate_gradients(model, images, dims=dims, progress=progress) if rank.needs == "gates" else None
     survey = Survey(model, sizes, token_method, progress, widths=True, method_weights=method_weights)
     table = LossTable([], [], [], token_method)
     halves: dict[tuple[int, Half], Ranking] = {}
-    for step in stream_blocks(model, images, moments=rank.needs == "moments"):
+    ranked: dict[tuple[int, Dim], DimRanking] = {}
+    for step in stream_blocks(model, images, moments=rank.needs == "moments", dims=dims):
         found = survey.rank(step, rank, gates[step.number] if gates else {})
         survey.enter(step, probes)
         table.heads.append(survey.width_curve(step.number, "attn", found.get("attn")))
@@ -149,7 +158,15 @@ def measure_losses(
         table.tokens.append(survey.token_curve(step.number) if token_method else {})
         for half, ranking in found.items():
             halves[step.number, half] = save_ranking(store, step.number, half, ranking) if store else ranking
-    rankings = Rankings(halves)
+        if dims:
+            of_dims = survey.rank_dims(step, rank, gates[step.number] if gates else {})
+            table.qk.append(survey.dims_curve(step.number, "qk", of_dims.get("qk")))
+            table.v.append(survey.dims_curve(step.number, "v", of_dims.get("v")))
+            for kind, found_dims in of_dims.items():
+                ranked[step.number, kind] = (
+                    save_dim_ranking(store, step.number, kind, found_dims) if store else found_dims
+                )
+    rankings = Rankings(halves, ranked)
     if store:
         save_index(store, rankings)
     return table, rankings

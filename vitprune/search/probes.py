@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..model.state import TokenState
 from ..model.vit import Block, Vit
-from ..statistics import Half, blocks_of, out_layers, unit_sizes
+from ..statistics import Half, blocks_of, out_layers
 from ..tokens.base import Reducer
 
 
@@ -81,14 +81,14 @@ def take(states: Sequence[TokenState], count: int) -> list[TokenState]:
 
 
 @contextmanager
-def columns_kept(block: Block, half: Half, units: Sequence[int], weight: Tensor | None) -> Iterator[None]:
-    """While open, the half works with ``units`` alone; ``weight`` [C, their columns] takes the place of theirs.
+def columns_kept(block: Block, half: Half, columns: Sequence[int], weight: Tensor | None) -> Iterator[None]:
+    """While open, the half works with ``columns`` alone; ``weight`` [C, columns] takes the place of theirs.
 
-    The columns of the others are zero: what a really smaller half computes, at the dense one's cost.
+    The others are zero: what a really smaller half computes, at the dense one's cost.
     """
     layer = out_layers(block)[half]
     dense = layer.weight.data
-    index = torch.as_tensor(columns_of(units, unit_sizes(block)[half]), device=dense.device)
+    index = torch.as_tensor(columns, device=dense.device)
     changed = torch.zeros_like(dense)
     changed[:, index] = dense[:, index] if weight is None else weight.to(dense)
     layer.weight.data = changed
@@ -96,6 +96,26 @@ def columns_kept(block: Block, half: Half, units: Sequence[int], weight: Tensor 
         yield
     finally:
         layer.weight.data = dense
+
+
+@contextmanager
+def queries_kept(block: Block, rows: Sequence[int], factors: Tensor | None) -> Iterator[None]:
+    """While open, queries have the dims ``rows`` of all heads' alone, times ``factors`` [rows]; the others are zero.
+
+    What is left of the logits is what smaller queries and keys would give, at the dense ones' cost.
+    """
+    layer = block.attn.qkv
+    scale = torch.ones_like(layer.weight.data[:, 0])
+    scale[: block.attn.sizes[0]] = 0
+    scale[list(rows)] = 1 if factors is None else factors.to(scale)
+    dense = {name: parameter.data for name, parameter in layer.named_parameters()}
+    for name, parameter in layer.named_parameters():
+        parameter.data = dense[name] * (scale[:, None] if dense[name].ndim > 1 else scale)
+    try:
+        yield
+    finally:
+        for name, parameter in layer.named_parameters():
+            parameter.data = dense[name]
 
 
 @contextmanager

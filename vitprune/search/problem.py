@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, combinations
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import BudgetUnreachable, InputError
 from .choices import Block, Choice, Either, Move, Part, Stay
@@ -17,7 +17,7 @@ from .solver import Frontier, Solution, solve
 if TYPE_CHECKING:
     from .losses import LossTable
 
-Unit = tuple[int, str]  # (block, "heads" | "mlp" | "tokens"): what has a loss of its own
+Unit = tuple[int, str]  # (block, "heads" | "mlp" | "tokens" | "qk" | "v"): what has a loss of its own
 
 
 def multiples(full: int, multiple: int, fewest: int = 0) -> tuple[int, ...]:
@@ -97,14 +97,32 @@ class Problem:
         """Whether the last block is computed for the prefix tokens alone."""
         return 0 in self.sizes.patches
 
+    @property
+    def offers_dims(self) -> bool:
+        """Whether heads may lose some of their dims: where both the losses and the times of that are known."""
+        return bool(self.losses.qk and self.losses.v and self.table.levels.qk and (self.sizes.qk or self.sizes.v))
+
     def units(self) -> list[Unit]:
         """The parts whose losses can be weighted."""
-        kinds = ("heads", "mlp", "tokens") if self.method else ("heads", "mlp")
+        kinds = ("heads", "mlp", *(("tokens",) if self.method else ()), *(("qk", "v") if self.offers_dims else ()))
         return [(block, kind) for block in range(len(self.losses.heads)) for kind in kinds]
 
     def dense(self) -> Counts:
         """The counts that keep everything."""
         return Counts.dense([max(c) for c in self.losses.heads], [max(c) for c in self.losses.mlp], self.levels[0])
+
+    def all_dims(
+        self, heads: Sequence[int], dims: Sequence[tuple[int, ...]]
+    ) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+        """The dims of every block's queries and keys, and of its values, as ``Counts`` has them.
+
+        ``dims``: by block, those of a block whose heads lack some; () where they have all.
+        """
+        if not any(dims):
+            return None, None
+        whole = self.table.levels.qk[0], self.table.levels.v[0]
+        pairs = [(some or whole) if count else (0, 0) for count, some in zip(heads, dims, strict=True)]
+        return tuple(qk for qk, _ in pairs), tuple(v for _, v in pairs)
 
     def predict_ms(self, counts: Counts) -> float:
         """What the table says of a plan of this problem."""
@@ -122,6 +140,10 @@ class Problem:
             try:
                 found[block, "heads"] = self.losses.heads[block][h]
                 found[block, "mlp"] = self.losses.mlp[block][m]
+                if self.offers_dims:
+                    dims = counts.dims(block)
+                    found[block, "qk"] = self.losses.qk[block][dims[0]] if dims else 0.0
+                    found[block, "v"] = self.losses.v[block][dims[1]] if dims else 0.0
                 if self.method:
                     found[block, "tokens"] = max(0.0, curve[left] - curve[n]) if left not in (n, 0) else 0.0
             except KeyError as error:
@@ -184,20 +206,39 @@ class Problem:
 
     def _attention(self, number: int, sizes: Sequence[int]) -> Part:
         """Attention of one of ``sizes`` heads. Where tokens have been merged, it carries their sizes."""
-        heads, (_, b, kappa) = self.losses.heads[number], self.table.correction
-        weight, cold_ms = self.weights.get((number, "heads"), 1.0), kappa * self.table.levels.head_bytes / 1e6
+        b, kappa = self.table.correction[1:]
+        cold_ms, heads = kappa * self.table.levels.head_bytes / 1e6, self.losses.heads[number]
+        weight, dims = self.weights.get((number, "heads"), 1.0), self._dims(number)
         rows: list[list[Choice]] = []
         for n in self.levels:
-            present = sizes if n else ()  # no patch is left behind the last attention only
-            times = [b * self._attn_ms(number, n, h) + cold_ms * h for h in present]
-            rows.append([Choice(weight * heads[h], ms, ("heads", h)) for h, ms in zip(present, times, strict=True)])
+            choices = []
+            for h in sizes if n else ():  # no patch is left behind the last attention only
+                for some, loss in dims if h else dims[:1]:
+                    ms = b * self._attn_ms(number, n, h, some) + cold_ms * h * self.table.share_of_head(some)
+                    choices.append(
+                        Choice(weight * heads[h] + loss, ms, ("heads", h) if some is None else ("heads", h, *some))
+                    )
+            rows.append(choices)
         return Stay(rows)
 
-    def _attn_ms(self, number: int, patches: int, heads: int) -> float:
+    def _dims(self, number: int) -> list[tuple[tuple[int, int] | None, float]]:
+        """Dims that each head of a block may keep, of queries and keys and of values, and their loss; first all."""
+        if not self.offers_dims or not self.losses.qk[number]:
+            return [(None, 0.0)]
+        kinds = []
+        for kind in ("qk", "v"):
+            curve: Mapping[int, float] = getattr(self.losses, kind)[number]
+            levels, weight = getattr(self.table.levels, kind), self.weights.get((number, kind), 1.0)
+            below = [size for size in self.sizes.below(kind, max(curve)) if size in curve and size in levels]
+            kinds.append([(size, weight * curve[size]) for size in (max(curve), *below)])
+        pairs = [((qk, v), loss + more) for qk, loss in kinds[0] for v, more in kinds[1]]
+        return [(None, 0.0), *pairs[1:]]
+
+    def _attn_ms(self, number: int, patches: int, heads: int, dims: tuple[int, int] | None) -> float:
         if self._is_prefix_only(number):
-            return self.table.attn_prefix_ms(patches, heads)
+            return self.table.attn_prefix_ms(patches, heads, dims)
         merged = self.method is not None and self.method.proportional and patches < self.levels[0]
-        return self.table.attn_ms(patches, heads, merged)
+        return self.table.attn_ms(patches, heads, merged, dims)
 
     def _steps(self, number: int) -> dict[tuple[int, int], Choice]:
         """E(fewer) - E(entering), where both were measured and one application of the method gets there."""
@@ -251,9 +292,13 @@ class Plans:
     def _point(self, solution: Solution, budget_ms: float) -> Point:
         problem = self._problem
         kept: dict[str, list[int]] = {"heads": [], "mlp": [], "patches": []}
-        for kind, size in chain.from_iterable(cast("tuple[tuple[tuple[str, int], ...], ...]", solution.labels)):
+        dims: list[tuple[int, ...]] = []
+        for kind, size, *some in chain.from_iterable(cast("tuple[tuple[tuple[Any, ...], ...], ...]", solution.labels)):
             kept[kind].append(size)
+            if kind == "heads":
+                dims.append(tuple(some))
         patches = tuple(problem.levels[level] for level in solution.levels)
-        counts = Counts(tuple(kept["heads"]), tuple(kept["mlp"]), patches)
+        qk, v = problem.all_dims(kept["heads"], dims)
+        counts = Counts(tuple(kept["heads"]), tuple(kept["mlp"]), patches, qk, v)
         name = problem.method.name if problem.method else None
         return Point(budget_ms, solution.ms_exact, solution.loss, counts, name)

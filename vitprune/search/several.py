@@ -43,6 +43,7 @@ def slowest(tables: Sequence[LatencyTable], scales: Sequence[float]) -> LatencyT
         attn_sized=worst(lambda table: table.attn_sized),
         reduce={name: worst(lambda table, name=name: table.reduce[name]) for name in first.reduce},  # type: ignore[misc]
         attn_prefix=worst(lambda table: table.attn_prefix),
+        attn_dims=worst(lambda table: table.attn_dims),
         correction=(max(ends[0]), 1.0, max(ends[1])),
     )
 

@@ -10,14 +10,24 @@ import torch
 from torch import Tensor
 
 from .. import parts
-from ..criteria.base import Criterion, LayerView, Ranking, layer_scale
+from ..criteria.base import (
+    Criterion,
+    DimRanking,
+    LayerView,
+    Ranking,
+    layer_scale,
+    query_key_view,
+    value_view,
+)
+from ..criteria.obs import made_up
 from ..model.state import TokenState
-from ..model.vit import Vit
+from ..model.vit import Attention, Vit
 from ..statistics import BlockPass, Half, Kind, Progress, blocks_of, out_layers, unit_sizes
-from ..surgery import make_reducer
+from ..surgery import make_reducer, rows_of
 from ..tokens.base import Reducer
 from .counts import Sizes
-from .probes import Probes, columns_kept, counts_on_the_way, put_in, reducing, take
+from .probes import Probes, columns_kept, columns_of, counts_on_the_way, put_in, queries_kept, reducing, take
+from .rankings import DIMS, Dim
 
 Curve = dict[int, float]  # what is left -> loss
 
@@ -71,6 +81,23 @@ class Survey:
             self._tell(f"block {step.number}: {half} ranked")
         return found
 
+    def rank_dims(self, step: BlockPass, criterion: Criterion, gates: Mapping[Kind, Tensor]) -> dict[Dim, DimRanking]:
+        """The rankings of the dims of a block's heads, of those that may go. Arguments as of ``rank``."""
+        block, found = self.blocks[step.number], {}
+        number = 2 * (len(self.blocks) + step.number)
+        if self._dims(step.number, "qk"):
+            levels = tuple(self._dims(step.number, "qk"))
+            found["qk"] = criterion.rank_dims(query_key_view(block, step, gates, levels, number))
+            self._tell(f"block {step.number}: dims of queries and keys ranked")
+        if self._dims(step.number, "v"):
+            ranking = criterion.rank_dims(value_view(block, step, gates, number + 1))
+            if criterion.compensates:
+                layer = LayerView(block.attn.proj.weight.detach().clone(), 1, (), step.moments["attn"])
+                ranking = replace(ranking, layer=lambda: layer)
+            found["v"] = ranking
+            self._tell(f"block {step.number}: dims of values ranked")
+        return found  # type: ignore[return-value]
+
     def enter(self, step: BlockPass, probes: int) -> None:
         """Get ready to measure at a block that the images have just reached."""
         self.entering[step.number] = take(step.entering, probes)
@@ -88,6 +115,17 @@ class Survey:
         levels = self._levels(half, units)
         measured = {count: self._width_loss(index, half, ranking, count) for count in levels_to_measure(levels)}
         return {units: 0.0, **curve_through(ranking.error, levels, measured)}
+
+    def dims_curve(self, index: int, kind: Dim, ranking: DimRanking | None) -> Curve:
+        """Loss over the dims of all heads of block ``index``; {all: 0.0} where none may go, {} without attention."""
+        attn = self.blocks[index].attn
+        if attn is None:
+            return {}
+        dims, levels = _dims_of(attn, kind), self._dims(index, kind)
+        if ranking is None:
+            return {dims: 0.0}
+        measured = {count: self._dims_loss(index, kind, ranking, count) for count in levels_to_measure(levels)}
+        return {dims: 0.0, **curve_through(ranking.error, levels, measured)}
 
     def token_curve(self, index: int) -> Curve:
         """E_l(k) at block ``index``: what leaving k patch tokens there costs, and nowhere else; made monotone.
@@ -121,9 +159,23 @@ class Survey:
         block, size = self.blocks[index], len(ranking.order)
         change = put_in(block, **{half: None})
         if count:
-            change = columns_kept(block, half, ranking.kept(count), ranking.weights.get(count))
+            columns = columns_of(ranking.kept(count), unit_sizes(block)[half])
+            change = columns_kept(block, half, columns, ranking.weights.get(count))
         with change:
             return self._loss(index, f"block {index}: {count} of {size} {half} units")
+
+    def _dims_loss(self, index: int, kind: Dim, ranking: DimRanking, count: int) -> float:
+        """Measured loss when all heads keep ``count`` dims."""
+        block = self.blocks[index]
+        heads, size = range(block.attn.heads), _dims_of(block.attn, kind)
+        rows = rows_of(heads, tuple(ranking.kept(head, count) for head in heads), size)
+        if kind == "qk":
+            factors = ranking.factors.get(count)
+            change = queries_kept(block, rows, None if factors is None else factors.flatten())
+        else:
+            change = columns_kept(block, "attn", rows, made_up(ranking.layer(), rows) if ranking.layer else None)
+        with change:
+            return self._loss(index, f"block {index}: {count} of {size} {kind} dims")
 
     def _loss(self, first: int, what: str) -> float:
         """Measured loss of the model as it is now, run from block ``first`` on."""
@@ -147,6 +199,8 @@ class Survey:
         halves = out_layers(block) if self.widths else {}
         units = {half: layer.in_features // unit_sizes(block)[half] for half, layer in halves.items()}
         widths = sum(1 + len(levels_to_measure(self._levels(half, n))) for half, n in units.items())
+        dims = [self._dims(index, kind) for kind in DIMS] if self.widths else []
+        widths += sum(1 + len(levels_to_measure(levels)) for levels in dims if levels)
         return widths + sum(self._reaches(index, counts) for counts in self.routes.values())
 
     def _levels(self, half: Half, units: int) -> list[int]:
@@ -155,10 +209,22 @@ class Survey:
         norm = config.attn_norm if half == "attn" else config.mlp_norm
         return [count for count in self.sizes.below(half, units) if not (norm and count)]
 
+    def _dims(self, index: int, kind: Dim) -> list[int]:
+        """The dims that each head of a block may keep, other than all; a norm over them holds all of them fast."""
+        attn, config = self.blocks[index].attn, self.model.config
+        if attn is None or (config.qk_norm if kind == "qk" else config.attn_norm):
+            return []
+        return [count for count in self.sizes.below(kind, _dims_of(attn, kind)) if count]
+
     def _tell(self, what: str) -> None:
         self.done += 1
         if self.progress is not None:
             self.progress(self.done, self.steps, what)
+
+
+def _dims_of(attn: Attention, kind: Dim) -> int:
+    """Dims that each head has."""
+    return attn.qk_dim if kind == "qk" else attn.v_dim
 
 
 def _routes(method: type[Reducer], patches: int, prefix: int, levels: Sequence[int]) -> dict[int, list[int]]:

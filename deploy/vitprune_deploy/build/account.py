@@ -95,7 +95,7 @@ def _model(bench: Bench, manifest: Manifest, found: Mapping[str, Any], name: str
         params=figures.params,
         macs=figures.macs,
         latency=found[f"{name}_latency"],
-        counts=_counts(config),
+        counts=_counts(config, bench.dense.config),
         size_bytes=found["size_bytes"][name],
         predicted_ms=figures.predicted_latency_ms,
         memory_mb=found["memory_mb"] if name == "pruned" else None,
@@ -103,13 +103,18 @@ def _model(bench: Bench, manifest: Manifest, found: Mapping[str, Any], name: str
     )
 
 
-def _counts(config: VitConfig) -> Counts:
-    """What each block has."""
+def _counts(config: VitConfig, dense: VitConfig) -> Counts:
+    """What each block of ``config`` has; dims of heads where they lack some of those of ``dense``."""
     patches, left = [], config.patches
     for block in config.blocks:
         left = left if block.patches is None else block.patches
         patches.append(left)
-    return Counts(tuple(b.heads for b in config.blocks), tuple(b.mlp for b in config.blocks), tuple(patches))
+    heads, mlp = tuple(b.heads for b in config.blocks), tuple(b.mlp for b in config.blocks)
+    pairs = list(zip(config.blocks, dense.blocks, strict=True))
+    if all((b.qk_dim, b.v_dim) == (whole.qk_dim, whole.v_dim) for b, whole in pairs if b.heads):
+        return Counts(heads, mlp, tuple(patches))
+    qk, v = (tuple(getattr(b, name) if b.heads else 0 for b in config.blocks) for name in ("qk_dim", "v_dim"))
+    return Counts(heads, mlp, tuple(patches), qk, v)
 
 
 def _wholes(bench: Bench, searched: Mapping[str, Any]) -> list[Whole]:

@@ -42,6 +42,8 @@ def table_request(bench: Bench) -> Request:
         tokens=allowed.patches,
         heads=allowed.heads,
         mlp=allowed.mlp,
+        qk=allowed.qk,
+        v=allowed.v,
         methods=tuple(bench.token_methods()),
         runtime=profile.runtime.name,
         precision=profile.runtime.precision,
@@ -92,7 +94,7 @@ def measure(bench: Bench, folder: Path) -> None:
 def loss_settings(bench: Bench) -> dict[str, Any]:
     """What the stage ``losses`` depends on besides the model and the images."""
     return {
-        "sizes": {name: list(values) for name, values in vars(sizes(bench)).items()},
+        "sizes": {name: list(v) for name, v in vars(sizes(bench)).items() if v or name not in ("qk", "v")},
         "criterion": bench.profile.prune.criterion,
         "probes": bench.profile.search.probe_images,
         "holdout": bench.profile.search.holdout_images,
@@ -173,6 +175,8 @@ def search(bench: Bench, folder: Path) -> None:
         counts.patches_out(bench.dense.config.patches),
         patches=bench.dense.config.patches,
         reducer=method,
+        kept_qk=counts.qk,
+        kept_v=counts.v,
     )
     (folder / "plan.yaml").write_text(yaml.safe_dump(plan.to_dict(), default_flow_style=None, sort_keys=False))
     write_json(folder / "frontier.json", frontier(best.problem.on(landed.table)))

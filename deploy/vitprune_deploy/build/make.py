@@ -59,8 +59,11 @@ def slim_model(bench: Bench) -> tuple[Vit, bool]:
     if plan.blocks == whole:
         return load_vit(bench.folders["model"], "dense"), False
     rankings = Rankings.load(bench.folders["losses"] / RANKINGS)
-    weights = rankings.weights([len(b.heads) for b in plan.blocks], [len(b.mlp) for b in plan.blocks])
-    kept_all = all((b.heads, b.mlp) == (w.heads, w.mlp) for b, w in zip(plan.blocks, whole, strict=True))
+    qk, v = (
+        [len(dims[0]) if dims else 0 for dims in kept] for kept in zip(*((b.qk, b.v) for b in plan.blocks), strict=True)
+    )
+    weights = rankings.weights([len(b.heads) for b in plan.blocks], [len(b.mlp) for b in plan.blocks], qk, v)
+    kept_all = all(replace(b, patches=None) == w for b, w in zip(plan.blocks, whole, strict=True))
     slim = prune(bench.dense, plan, weights, bench.method_weights(plan.reducer))
     return slim, not kept_all or any(b.patches for b in plan.blocks)
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vitprune.search.counts import Sizes
 
 MOST_WIDTHS = 12  # of an MLP: between them the loss curve is as good as straight
+MOST_DIMS = 4  # of a head's queries and keys, and of its values: each pair of them is a choice for each number of heads
 FEWEST_PATCHES = 16  # the last token level is this part of all patches
 
 
@@ -22,7 +23,11 @@ def sizes(bench: Bench) -> Sizes:
     may, block = profile.prune, config.blocks[0]
     removal = [0] if may.depth.enabled else []
     heads = multiples(block.heads, profile.head_multiple, 1) if may.heads.enabled else (block.heads,)
-    units = multiples(block.mlp, _unit_step(block.mlp, profile.mlp_multiple), 1) if may.mlp.enabled else (block.mlp,)
+    units = (
+        multiples(block.mlp, _step(block.mlp, profile.mlp_multiple, MOST_WIDTHS), 1)
+        if may.mlp.enabled
+        else (block.mlp,)
+    )
     levels, schedule = may.tokens.levels, bench.schedule()
     if may.tokens.method == "none":
         patches: tuple[int, ...] = ()
@@ -35,7 +40,19 @@ def sizes(bench: Bench) -> Sizes:
     if schedule is None:
         patches = _with_folds(patches, bench)
     prefix_only = [0] if may.last_block == "prefix" and config.reads_prefix_only else []
-    return Sizes((*heads, *removal), (*units, *removal), (*patches, *prefix_only))
+    dims = {} if not may.head_dims.enabled else {"qk": _dims(bench, block.qk_dim), "v": _dims(bench, block.v_dim)}
+    held = {"qk": config.qk_norm, "v": config.attn_norm}  # by a norm over them
+    offered = {name: some for name, some in dims.items() if not held[name]}
+    return Sizes((*heads, *removal), (*units, *removal), (*patches, *prefix_only), **offered)
+
+
+def _dims(bench: Bench, size: int) -> tuple[int, ...]:
+    """The dims that each of a block's heads of ``size`` may keep, all of them first."""
+    from vitprune.search.problem import multiples
+
+    profile = bench.profile
+    step = _step(size, profile.head_dim_multiple, MOST_DIMS)
+    return tuple(kept for kept in multiples(size, step, profile.prune.head_dims.minimum) if kept)
 
 
 def _with_folds(patches: tuple[int, ...], bench: Bench) -> tuple[int, ...]:
@@ -53,6 +70,6 @@ def _with_folds(patches: tuple[int, ...], bench: Bench) -> tuple[int, ...]:
     return tuple(sorted({*patches, *folds}, reverse=True)) if len(folds) > 1 else patches
 
 
-def _unit_step(units: int, multiple: int) -> int:
-    """The smallest step that is a multiple of ``multiple`` and makes at most ``MOST_WIDTHS`` widths."""
-    return multiple * max(1, -(-units // (multiple * MOST_WIDTHS)))
+def _step(size: int, multiple: int, most: int) -> int:
+    """The smallest step that is a multiple of ``multiple`` and makes at most ``most`` sizes up to ``size``."""
+    return multiple * max(1, -(-size // (multiple * most)))

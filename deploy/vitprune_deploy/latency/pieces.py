@@ -56,6 +56,7 @@ class PieceFiles:
         method: str | None = None,
         step: tuple[int, int] = (0, 0),
         prefix_only: bool = False,
+        dims: tuple[int, int] | None = None,
     ) -> Path:
         """The attention half with norm and residual: ``x`` [batch, tokens, C] to the tokens that are left.
 
@@ -65,8 +66,10 @@ class PieceFiles:
             method: token method behind it, which leaves as many patches as the further input ``keep`` [keep] is long.
             step: patches that come in and are left, for methods that merge a grid: these have no input ``keep``.
             prefix_only: the prefix tokens alone ask and are left, as in a last block.
+            dims: of a head's queries and keys, and of its values; None: all.
         """
-        config = replace(self.block, heads=heads, mlp=0, patches=0 if prefix_only else None)
+        qk, v = dims or (self.block.qk_dim, self.block.v_dim)
+        config = replace(self.block, heads=heads, mlp=0, patches=0 if prefix_only else None, qk_dim=qk, v_dim=v)
         kind = parts.load("vitprune.tokens", method, Reducer) if method else None  # type: ignore[type-abstract]
         reducer = kind(Place.of(self._model.config, 0)) if kind else None
         fixed = step if kind and kind.grid else None
@@ -76,7 +79,8 @@ class PieceFiles:
             example = torch.ones(self._batch, prefix + fixed[0], self._model.config.dim)
             return self._export(f"attn{heads}_{method}_{fixed[0]}_{fixed[1]}", half, {"x": (example, {})})
         axes = {"x": TOKENS} | ({"size": TOKENS} if sized else {}) | ({"keep": KEEP} if method else {})
-        name = f"attn{heads}{'_sized' * sized}{'_' + method if method else ''}{'_prefix' * prefix_only}"
+        size = f"_{qk}_{v}" if dims else ""
+        name = f"attn{heads}{size}{'_sized' * sized}{'_' + method if method else ''}{'_prefix' * prefix_only}"
         return self._write(name, half, axes)
 
     def mlp(self, units: int) -> Path:

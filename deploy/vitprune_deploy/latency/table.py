@@ -15,6 +15,7 @@ from vitprune.errors import InputError
 from vitprune.model.config import VitConfig
 from vitprune.model.vit import Vit
 from vitprune.search.counts import Counts, TokenMethod
+from vitprune.search.dims import FITTED
 from vitprune.search.latency import Circumstances, LatencyTable, Levels, Timed
 from vitprune.search.latency import Pieces as Times
 
@@ -28,6 +29,7 @@ from .visits import Subject
 from .wholes import Loader, export_whole, random_counts, reachable, slim, subject
 
 MEASURED = {"tokens": 5, "heads": 4, "mlp": 4}  # levels of each that are measured, spread over all
+MEASURED_DIMS = {"tokens": 2, "heads": 2}  # those at which heads with fewer dims are
 LONG_MS = 10.0  # a reference longer than this runs on one image
 STEPS_FITTED = 4  # measured reductions that the fitted form needs
 FORMAT = 3  # raised when tables measured before must not be used any more
@@ -43,6 +45,8 @@ class Request:
         tokens: levels of patch tokens; all patches are one in any case; 0: a last block that leaves the prefix alone.
         heads, mlp: levels of a block's heads and MLP units; all of them are one in any case, 0 costs nothing.
         methods: token methods whose reductions are measured; whole models use the first.
+        qk, v: levels of the dims of a head's queries and keys, and of its values, as those of ``heads``; both empty
+            where all of them stay.
         runtime, precision: as a profile names them.
         told: the runtime is told the precision beside graphs in fp32.
         seconds: time to finish in, exporting included; with less, figures get wider intervals.
@@ -60,6 +64,8 @@ class Request:
     told: bool = False
     seconds: float = 240.0
     seed: int = 0
+    qk: tuple[int, ...] = ()
+    v: tuple[int, ...] = ()
 
     @property
     def method(self) -> TokenMethod | None:
@@ -107,6 +113,7 @@ class _Part(NamedTuple):
     sized: bool = False  # attention with the bias of token sizes
     method: str | None = None
     keep: int = 0  # patches that the method leaves
+    dims: tuple[int, int] | None = None  # of a head's queries and keys, and of its values; None: all
 
 
 def measure_table(
@@ -159,12 +166,10 @@ def make_levels(config: VitConfig, request: Request) -> Levels:
     """
     block = only_block(config)
     full = {"tokens": config.patches, "heads": block.heads, "mlp": block.mlp}
-    grid = {}
-    for name, most in full.items():
-        asked = {most, *getattr(request, name)} - {0}
-        if min(asked) < 1 or max(asked) > most:
-            raise InputError(f"levels of {name} must lie in 0 to {most}, got {sorted(asked)}")
-        grid[name] = tuple(sorted(asked, reverse=True))
+    grid = {name: _descending(name, most, getattr(request, name)) for name, most in full.items()}
+    if request.qk or request.v:
+        most = {"qk": block.qk_dim, "v": block.v_dim}
+        grid |= {name: _descending(name, size, getattr(request, name)) for name, size in most.items()}
     width = DTYPES[request.graph_precision].itemsize
     return Levels(
         prefix=config.prefix,
@@ -172,6 +177,14 @@ def make_levels(config: VitConfig, request: Request) -> Levels:
         unit_bytes=width * config.dim * (3 if config.gated else 2),
         **grid,
     )
+
+
+def _descending(name: str, most: int, asked: Sequence[int]) -> tuple[int, ...]:
+    """``most`` and the levels ``asked`` for below it."""
+    levels = {most, *asked} - {0}
+    if min(levels) < 1 or max(levels) > most:
+        raise InputError(f"levels of {name} must lie in 0 to {most}, got {sorted(levels)}")
+    return tuple(sorted(levels, reverse=True))
 
 
 def shape_key(config: VitConfig) -> str:
@@ -182,6 +195,7 @@ def shape_key(config: VitConfig) -> str:
 def table_key(config: VitConfig, request: Request, device: Mapping[str, Any]) -> dict[str, Any]:
     """All that a table depends on, as plain data: the key of a cache of tables."""
     asked = {k: v for k, v in vars(request).items() if k not in ("methods", "seconds")}
+    asked = {k: v for k, v in asked.items() if v or k not in ("qk", "v")}
     return {
         "format": FORMAT,
         "shape": shape_key(config),
@@ -231,6 +245,10 @@ def accept(table: LatencyTable, config: VitConfig, request: Request, device: Map
             raise InputError(f"the latency table has no times of {method.name}; measure it again")
     if request.prefix_only and not table.attn_prefix:
         raise InputError("the latency table has no times of a last block for prefix tokens alone; measure it again")
+    if any(set(getattr(levels, name)) - set(getattr(table.levels, name)) for name in ("qk", "v")):
+        warnings.append(
+            "the latency table lacks times of some dims of heads, and those are no choice; measure it again"
+        )
     return warnings
 
 
@@ -255,6 +273,7 @@ def _parts(levels: Levels, request: Request) -> list[_Part]:
     if request.prefix_only:
         found += [_Part("last", n, h) for n in tokens for h in heads]
         found += [_Part("head", 0), *(_Part("mlp", 0, m) for m in units)]
+    found += _dim_parts(levels)
     if any(method.proportional for method in request.methods):
         found += [_Part("attention", n, heads[0], sized=True) for n in tokens]  # what sizes add grows as n^2 h
     for method in request.methods:
@@ -262,6 +281,21 @@ def _parts(levels: Levels, request: Request) -> list[_Part]:
             part = _Part("attention", n, heads[0], method.proportional, method.name, k)
             found += [part, _without(part, method)]
     return list(dict.fromkeys(found))
+
+
+def _dim_parts(levels: Levels) -> list[_Part]:
+    """Heads that lack dims, to measure: the fewest of either kind, of both, and half of both, on a few sizes each."""
+    keys = levels.dim_keys()
+    if not keys:
+        return []
+    tokens, heads = (spread(getattr(levels, name), count) for name, count in MEASURED_DIMS.items())
+    most, fewest, half = (
+        (levels.qk[i], levels.v[j]) for i, j in ((0, 0), (-1, -1), (len(levels.qk) // 2, len(levels.v) // 2))
+    )
+    dims = [fewest, half, (fewest[0], most[1]), (most[0], fewest[1])]
+    wanted = {(n, h, *pair) for n in tokens for h in heads for pair in dims}
+    some = [key for key in keys if key in wanted]
+    return [_Part("attention", n, h, dims=(qk, v)) for n, h, qk, v in (some if len(some) >= FITTED else keys)]
 
 
 def _without(part: _Part, method: TokenMethod) -> _Part:
@@ -306,7 +340,7 @@ def _export_parts(files: PieceFiles, parts: Sequence[_Part], progress: Progress 
     for number, part in enumerate(parts):
         if part.kind == "attention":
             step = (part.patches, part.keep)
-            paths.append(files.attention(part.width, sized=part.sized, method=part.method, step=step))
+            paths.append(files.attention(part.width, sized=part.sized, method=part.method, step=step, dims=part.dims))
         elif part.kind == "last":
             paths.append(files.attention(part.width, prefix_only=True))
         elif part.kind == "mlp":
@@ -384,7 +418,8 @@ def _reference(
 def _times(times: Mapping[_Part, float], request: Request) -> Times:
     """The measured parts as the table's type takes them; reductions as differences."""
     methods = {method.name: method for method in request.methods}
-    plain = {part: ms for part, ms in times.items() if part.kind == "attention" and part.method is None}
+    attention = {part: ms for part, ms in times.items() if part.kind == "attention" and part.method is None}
+    plain = {part: ms for part, ms in attention.items() if part.dims is None}
     reduce: dict[str, dict[tuple[int, int], float]] = {}
     for part, ms in times.items():
         if part.method is not None:
@@ -398,6 +433,7 @@ def _times(times: Mapping[_Part, float], request: Request) -> Times:
         attn_sized={(part.patches, part.width): ms for part, ms in plain.items() if part.sized},
         reduce=reduce,
         attn_prefix={(part.patches, part.width): ms for part, ms in times.items() if part.kind == "last"},
+        attn_dims={(part.patches, part.width, *part.dims): ms for part, ms in attention.items() if part.dims},
     )
 
 

@@ -85,12 +85,12 @@ def subject(name: str, path: Path, load: Loader, sizes: Mapping[str, int]) -> Su
 
 
 def slim(model: Vit, counts: Counts, method: TokenMethod | None) -> Vit:
-    """``model`` with as many heads, units and tokens as ``counts`` say: the first ones of each."""
+    """``model`` with as many heads, dims, units and tokens as ``counts`` say: the first ones of each."""
     out = counts.patches_out(model.config.patches)
-    kept = [
-        BlockPlan(tuple(range(heads)), tuple(range(units)), patches)
-        for heads, units, patches in zip(counts.heads, counts.mlp, out, strict=True)
-    ]
+    kept = []
+    for block, (heads, units, patches) in enumerate(zip(counts.heads, counts.mlp, out, strict=True)):
+        qk, v = ((tuple(range(size)),) * heads if size else None for size in counts.dims(block) or (0, 0))
+        kept.append(BlockPlan(tuple(range(heads)), tuple(range(units)), patches, qk, v))
     return prune(model, Plan(fingerprint(model), model.config.patches, method.name if method else None, tuple(kept)))
 
 
@@ -124,7 +124,8 @@ def random_counts(levels: Levels, depth: int, method: TokenMethod | None, rng: n
             # the upper half of what can be reached, or three cuts would leave nothing of the rest
             left = int(rng.choice(within[: math.ceil(len(within) / 2)]))
         patches.append(left)
-    return Counts(heads, mlp, tuple(patches))
+    dims = [tuple(int(rng.choice(sizes)) for _ in range(depth)) for sizes in (levels.qk, levels.v) if sizes]
+    return Counts(heads, mlp, tuple(patches), *dims)
 
 
 def reachable(method: TokenMethod | None, patches: int, levels: Levels) -> list[int]:

@@ -348,5 +348,6 @@ def _schedule_has_one_method(p: Any) -> Iterator[Problem]:
 @_rule
 def _something_may_be_pruned(p: Any) -> Iterator[Problem]:
     prune = p.prune
-    if prune.tokens.method == "none" and not (prune.heads.enabled or prune.mlp.enabled or prune.depth.enabled):
-        yield "prune", "allows nothing: enable tokens, heads, mlp or depth"
+    widths = (prune.heads, prune.head_dims, prune.mlp, prune.depth)
+    if prune.tokens.method == "none" and not any(one.enabled for one in widths):
+        yield "prune", "allows nothing: enable tokens, heads, head_dims, mlp or depth"

@@ -302,6 +302,20 @@ class Heads(Section):
     )
 
 
+class HeadDims(Section):
+    """Dims of each head: of its queries and keys, and of its values, which may differ."""
+
+    enabled: bool = Field(
+        default=False, description="whether dims may be removed, in every head of a block equally many"
+    )
+    multiple: Count | None = Field(
+        default=None, description="kept dims are multiples of it; null: device.alignment.head_dim"
+    )
+    minimum: Count = Field(
+        default=16, description="dims that each head keeps at least; fused attention wants 16 or more"
+    )
+
+
 class Mlp(Section):
     """MLP hidden units."""
 
@@ -322,6 +336,7 @@ class Prune(Section):
 
     tokens: Tokens = Field(default=Tokens(), description="patch tokens")
     heads: Heads = Field(default=Heads(), description="attention heads")
+    head_dims: HeadDims = Field(default=HeadDims(), description="dims of queries, keys and values")
     mlp: Mlp = Field(default=Mlp(), description="MLP hidden units")
     depth: Depth = Field(default=Depth(), description="whole halves and blocks")
     last_block: Literal["prefix", "full"] = Field(
@@ -329,7 +344,7 @@ class Prune(Section):
         description="prefix: where the head reads class or distillation tokens alone, the last block is computed for "
         "these only, which changes no answer",
     )
-    criterion: Criterion = Field(default="obs", description="how heads and hidden units are ranked")
+    criterion: Criterion = Field(default="obs", description="how heads, their dims and hidden units are ranked")
 
 
 class Search(Section):
@@ -451,6 +466,11 @@ class Profile(Section):
     def head_multiple(self) -> int:
         """Kept heads of a block are multiples of it."""
         return self.prune.heads.multiple or self.device.alignment.heads
+
+    @property
+    def head_dim_multiple(self) -> int:
+        """Kept dims of a head are multiples of it."""
+        return self.prune.head_dims.multiple or self.device.alignment.head_dim
 
     @property
     def mlp_multiple(self) -> int:

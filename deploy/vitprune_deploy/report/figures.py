@@ -123,9 +123,14 @@ def blocks(facts: Facts) -> Chart | None:
              ("MLP hidden units", "units", "mlp"))  # fmt: skip
     pairs = {unit: (getattr(dense, name), getattr(pruned, name)) for _, unit, name in kinds}
     drawn = tuple(bars(title, unit, *pairs[unit]) for title, unit, _ in kinds)
+    dims = [pruned.dims(block) for block in range(len(dense.heads))]
     rows = tuple(
-        (str(block), *(f"{kept[block]:,} of {had[block]:,}" for had, kept in pairs.values()))
-        for block in range(len(dense.heads))
+        (
+            str(block),
+            *(f"{kept[block]:,} of {had[block]:,}" for had, kept in pairs.values()),
+            *((_of_each_head(some),) if any(dims) else ()),
+        )
+        for block, some in enumerate(dims)
     )
     note = f"Tokens are reduced by {facts.token_method}." if facts.token_method else "No token method reduces tokens."
     if pruned.patches[-1] == 0:
@@ -134,7 +139,12 @@ def blocks(facts: Facts) -> Chart | None:
             if not all(kept)]  # fmt: skip
     if gone:
         note += f" Halves of blocks that are removed altogether: {' and '.join(gone)}."
-    return Chart(drawn, note, ("block", "patch tokens", "heads", "MLP units"), rows)
+    head = ("block", "patch tokens", "heads", "MLP units", *(("dims of each head",) if any(dims) else ()))
+    return Chart(drawn, note, head, rows)
+
+
+def _of_each_head(dims: tuple[int, int] | None) -> str:
+    return f"{dims[0]} of queries and keys, {dims[1]} of values" if dims else "-"
 
 
 def wholes(facts: Facts) -> Chart | None:

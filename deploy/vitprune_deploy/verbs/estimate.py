@@ -75,7 +75,7 @@ def _measure(bench: Bench, batch_s: float, blocks: int) -> float:
 def _losses(bench: Bench, image_s: float, blocks: int) -> float:
     """Each level of each half of each block is one pass of the probes through the blocks behind it."""
     allowed, methods = sizes(bench), min(SEARCHED_METHODS, len(bench.token_methods()))
-    halves = len(allowed.heads) + len(allowed.mlp)
+    halves = len(allowed.heads) + len(allowed.mlp) + len(allowed.qk) + len(allowed.v)
     passes = blocks * (halves + len(allowed.patches) * methods)
     probes = bench.profile.search.probe_images
     return image_s * (HALF * passes * probes + 2 * TRAINING * (bench.profile.data.calibration.images or 0))

@@ -40,15 +40,15 @@ def files_line(manifest: Manifest, folder: Path) -> str:
 
 
 def block_rows(counts: Mapping[str, Sequence[int]], title: str) -> str:
-    """Heads, MLP units and patch tokens that each block keeps, blocks side by side."""
+    """Heads, their dims, MLP units and patch tokens that each block keeps, blocks side by side."""
     blocks = range(len(counts["heads"]))
-    names = (("heads", "heads"), ("MLP units", "mlp"), ("patches left", "patches"))
-    rows = [[label, *counts[key]] for label, key in names]
+    names = (("heads", "heads"), ("q/k dims", "qk"), ("v dims", "v"), ("MLP units", "mlp"), ("patches left", "patches"))
+    rows = [[label, *counts[key]] for label, key in names if key in counts]
     return table(rows, head=[f"{title}: block", *map(str, blocks)], right=range(1, len(blocks) + 1))
 
 
 def block_counts(config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Heads, MLP units and patches of each block of a ``model.json``."""
+    """Heads, MLP units and patches of each block of a ``model.json``; dims of heads where they are not the original."""
     sizes = zip(config["image_size"], config["patch_size"], strict=True)
     height, width = (pixels // patch for pixels, patch in sizes)
     patches, found = height * width, {"heads": [], "mlp": [], "patches": []}  # type: tuple[int, dict[str, list[int]]]
@@ -56,6 +56,11 @@ def block_counts(config: Mapping[str, Any]) -> dict[str, list[int]]:
         patches = patches if block.get("patches") is None else block["patches"]
         for key, value in (("heads", block["heads"]), ("mlp", block["mlp"]), ("patches", patches)):
             found[key].append(value)
+    whole = [round(block["scale"] ** -2) for block in config["blocks"]]  # dims of a head before any were pruned
+    pairs = list(zip(config["blocks"], whole, strict=True))
+    if any(block["heads"] and {block["qk_dim"], block["v_dim"]} != {size} for block, size in pairs):
+        for key, name in (("qk", "qk_dim"), ("v", "v_dim")):
+            found[key] = [block[name] if block["heads"] else 0 for block in config["blocks"]]
     return found
 
 

@@ -49,15 +49,47 @@ def file_text(found: Mapping[str, Any]) -> list[str]:
     return [*parts, *_warned(found["warnings"])]
 
 
-def of_folder(manifest: Mapping[str, Any], config: Mapping[str, Any] | None) -> tuple[list[str], list[str]]:
-    """Paragraphs and warnings: what the build noted in ``manifest``, and the heads in its ``model.json``."""
+def of_folder(
+    manifest: Mapping[str, Any], config: Mapping[str, Any] | None, profile: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
+    """Paragraphs and warnings: what the build noted in ``manifest``, and the sizes in its ``model.json``.
+
+    Args:
+        profile: its ``profile.yaml`` as plain data; empty where that is not known.
+    """
     noted = manifest.get("fusion") or {}
     blocks = enumerate((config or {}).get("blocks", ()))
     sizes = [(number, block["qk_dim"], block["v_dim"]) for number, block in blocks if block["heads"]]
-    warnings = [*noted.get("warnings", ()), *refused_heads(sizes)]
+    warnings = [*noted.get("warnings", ()), *refused_heads(sizes), *missed_multiples(config or {}, profile)]
     rows = fusion_rows(noted)
     head = ["block", f"attention in {noted.get('runtime')}: dense", "pruned", "moved around it"]
     return [*([table(rows, head=head, right=[0])] if rows else []), *_warned(warnings)], warnings
+
+
+MULTIPLES = (("heads", "heads", "heads", ("heads",)), ("mlp", "mlp", "MLP units", ("mlp",)),
+             ("head_dims", "head_dim", "dims of a head", ("qk_dim", "v_dim")))  # fmt: skip
+
+
+def missed_multiples(config: Mapping[str, Any], profile: Mapping[str, Any]) -> list[str]:
+    """A sentence for each kind of size of which blocks have no multiple that the profile asks for.
+
+    Args:
+        config: a ``model.json``, as plain data.
+        profile: a resolved profile, as plain data.
+    """
+    prune, alignment = profile.get("prune", {}), profile.get("device", {}).get("alignment", {})
+    found = []
+    for section, key, what, names in MULTIPLES:
+        multiple = (prune.get(section) or {}).get("multiple") or alignment.get(key) or 1
+        odd = [
+            f"{block[name]} in block {number}"
+            for number, block in enumerate(config.get("blocks", ()))
+            for name in names
+            if block[name] % multiple and (block["heads"] or name == "mlp")
+        ]
+        if odd:
+            found.append(f"{what} are multiples of {multiple} where kernels favour it, and there are {', '.join(odd)}")
+    return found
 
 
 def _warned(warnings: list[str]) -> list[str]:

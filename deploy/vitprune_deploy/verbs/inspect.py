@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from vitprune.errors import DamagedFile, InputError
 
 from ..artifact import MANIFEST, Manifest
@@ -48,7 +50,9 @@ def _folder(folder: Path) -> Answer:
         config = json.loads((folder / "model.json").read_bytes())
         data["blocks"] = block_counts(config)
         parts.append(block_rows(data["blocks"], "kept"))
-    told, data["warnings"] = fusion.of_folder(data, config)
+    whole = "profile.yaml" in manifest.files and not any("profile.yaml" in line for line in damaged)
+    profile = yaml.safe_load((folder / "profile.yaml").read_bytes()) if whole else {}
+    told, data["warnings"] = fusion.of_folder(data, config, profile)
     parts += told
     if "consistency" in data:
         parts.append(soundness.consistency_text({"consistency, when built": data["consistency"]}))
