@@ -10,6 +10,7 @@ slim = prune(found.model, found.plan)  # and then recover(slim, model, ...)
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,10 @@ from . import parts
 from .model.vit import Vit, fingerprint
 from .plan import Plan
 from .recover import Batches, Check, Progress, RecoverSettings, recover
-from .structure.base import Budget, Multiples, StructureMethod
+from .structure.base import MULTIPLES, Budget, Multiples, StructureMethod
 from .surgery import build
+
+SETTINGS = RecoverSettings()
 
 
 class Learned(NamedTuple):
@@ -39,6 +42,27 @@ class Learned(NamedTuple):
     method_weights: dict[str, Tensor]
 
 
+class Trained(NamedTuple):
+    """A training that is over, of which a plan can be taken within its budget, or within less."""
+
+    model: Vit
+    method: StructureMethod
+    checks: tuple[Check, ...]
+
+    def within(self, share: float) -> Learned:
+        """What the method leaves within ``share`` of the dense model's cost, told as its budget is.
+
+        Raises:
+            InputError: the least that may be left costs more.
+        """
+        device = next(self.model.parameters()).device
+        model, method = build(self.model.config, self.model.state_dict()).cpu(), deepcopy(self.method).cpu()
+        method.budget = method.budget._replace(share=share)
+        kept = method.finish(model)
+        plan = Plan(fingerprint(model), model.config.patches, kept.reducer, kept.blocks)
+        return Learned(plan, model.to(device).eval(), self.checks, dict(kept.method_weights))
+
+
 def structure_method(name: str) -> type[StructureMethod]:
     """The method that the file ``name`` in ``vitprune/structure`` defines.
 
@@ -54,9 +78,9 @@ def learn(
     budget: Budget,
     batches: Batches,
     held_out: Tensor,
-    settings: RecoverSettings = RecoverSettings(),
+    settings: RecoverSettings = SETTINGS,
     *,
-    multiples: Multiples = Multiples(),
+    multiples: Multiples = MULTIPLES,
     progress: Progress | None = None,
     checkpoint: Path | None = None,
     **options: Any,
@@ -75,12 +99,16 @@ def learn(
         InputError: there is no such method, or the budget cannot be met.
         NotSupported: the method cannot prune such a model.
     """
-    student = build(model.config, model.state_dict()).to(next(model.parameters()).device)
-    method = structure_method(name)(student, budget, multiples, settings.steps, **options)
+    student, method = untrained(name, model, budget, multiples, settings, **options)
     found = recover(
         student, model, batches, held_out, settings, progress=progress, checkpoint=checkpoint, method=method
     )
-    kept = method.cpu().finish(student.cpu())
-    student.to(next(model.parameters()).device)
-    plan = Plan(fingerprint(student), student.config.patches, kept.reducer, kept.blocks)
-    return Learned(plan, student.eval(), found.checks, dict(kept.method_weights))
+    return Trained(student, method, found.checks).within(budget.share)
+
+
+def untrained(
+    name: str, model: Vit, budget: Budget, multiples: Multiples, settings: RecoverSettings, **options: Any
+) -> tuple[Vit, StructureMethod]:
+    """A copy of ``model`` and the method that is to train it. Arguments and errors as of ``learn``."""
+    student = build(model.config, model.state_dict()).to(next(model.parameters()).device)
+    return student, structure_method(name)(student, budget, multiples, settings.steps, **options)

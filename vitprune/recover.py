@@ -410,7 +410,7 @@ class _WithOutputs(nn.Module):
 def _outputs(
     objective: Objective, model: Vit, images: Tensor, method: StructureMethod | None, target: Target | None = None
 ) -> Outputs:
-    """What ``model``, as ``method`` gates it, says of ``images``; with a ``target``, what the method adds to the loss."""
+    """What ``model``, as ``method`` gates it, says of ``images``; with a ``target``, also what is added to the loss."""
     if method is None:
         return objective.outputs(model, images)
 

@@ -1,4 +1,4 @@
-"""CAIT's channels, reconstructed, by hand: equally many in each head, queries as keys, a ramp, and gradients through."""
+"""CAIT's channels, reconstructed, by hand: as many in each head, queries as keys, a ramp, gradients through."""
 
 from __future__ import annotations
 

@@ -88,10 +88,9 @@ def test_patches_leave_by_position_where_the_masks_say():
     def batches(epoch):
         return [Batch(images(8, seed=epoch))]
 
-    found = learn(
-        "vitslim", model, macs_budget(model.config, 0.7), batches, images(4), RecoverSettings(steps=6, checks=1, lr=1e-3),
-        multiples=SMALL, patches=0.5,
-    )  # fmt: skip
+    settings = RecoverSettings(steps=6, checks=1, lr=1e-3)
+    budget = macs_budget(model.config, 0.7)
+    found = learn("vitslim", model, budget, batches, images(4), settings, multiples=SMALL, patches=0.5)
     slim = prune(found.model, found.plan, method_weights=found.method_weights)
     left = found.plan.patches_after()
     assert slim.config.reducer == "psvit"

@@ -1,4 +1,4 @@
-"""A budget as a constraint of a loss: the augmented Lagrangian of WDPruning, whose multipliers rise while it is missed."""
+"""A budget as a constraint of a loss: WDPruning's augmented Lagrangian, whose multipliers rise while it is missed."""
 
 from __future__ import annotations
 

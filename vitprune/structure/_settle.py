@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,19 +52,17 @@ def full(config: VitConfig, kind: str) -> list[int]:
     return [getattr(block, {"qk": "qk_dim", "v": "v_dim"}.get(kind, kind)) for block in config.blocks]
 
 
-def levels(units: int, multiple: int) -> list[int]:
-    """Counts to choose from, descending: all, and the multiples of ``multiple`` below."""
-    return [units, *range((units - 1) // multiple * multiple, 0, -multiple)]
+def levels(units: int, multiples: Multiples, kind: str) -> list[int]:
+    """Counts of ``kind`` to choose from, descending: all ``units``, and the multiples below."""
+    dims = kind in ("qk", "v")
+    multiple = multiples.head_dim if dims else getattr(multiples, kind)
+    least = multiples.least_head_dim if dims else 1
+    return [units, *(n for n in range((units - 1) // multiple * multiple, 0, -multiple) if n >= least)]
 
 
-def nearest(count: float, units: int, multiple: int) -> int:
+def nearest(count: float, units: int, multiples: Multiples, kind: str) -> int:
     """The level that is nearest to ``count``; of two that are, the larger."""
-    return min(levels(units, multiple), key=lambda level: (abs(level - count), -level))
-
-
-def multiple_of(multiples: Multiples, kind: str) -> int:
-    """What counts of ``kind`` are multiples of."""
-    return multiples.head_dim if kind in ("qk", "v") else getattr(multiples, kind)
+    return min(levels(units, multiples, kind), key=lambda level: (abs(level - count), -level))
 
 
 def settle(
@@ -95,7 +94,7 @@ def settle(
     counts = replace(Counts.dense(config), runs=tuple(runs) if runs else (True,) * len(config.blocks))
     for kind, values in wanted.items():
         for block, value in enumerate(values):
-            near = nearest(value, full(config, kind)[block], multiple_of(multiples, kind))
+            near = nearest(value, full(config, kind)[block], multiples, kind)
             counts = run.with_one(counts, kind, block, near)
     return run.up(run.down(counts))
 
@@ -114,14 +113,13 @@ def uniform(config: VitConfig, budget: Budget, multiples: Multiples, kinds: Sequ
         counts = Counts.dense(config)
         for kind, share in shares.items():
             for block, units in enumerate(full(config, kind)):
-                fitting = [n for n in levels(units, multiple_of(multiples, kind)) if n <= share * units + 1e-9]
-                least = levels(units, multiple_of(multiples, kind))[-1]
+                fitting = [n for n in levels(units, multiples, kind) if n <= share * units + 1e-9]
+                least = levels(units, multiples, kind)[-1]
                 counts = run.with_one(counts, kind, block, max(fitting, default=least))
         return counts
 
     of_kind = {
-        kind: {n / units for units in full(config, kind) for n in levels(units, multiple_of(multiples, kind))}
-        for kind in kinds
+        kind: {n / units for units in full(config, kind) for n in levels(units, multiples, kind)} for kind in kinds
     }
     for share in sorted(set().union(*of_kind.values()), reverse=True):
         if run.fits(at(dict.fromkeys(kinds, share))):
@@ -143,7 +141,7 @@ def block_plans(counts: Counts, scores: Scores, config: VitConfig, *, tied: bool
             continue
         heads = _best(scores["heads"][number], counts.heads[number]) if "heads" in scores else tuple(range(block.heads))
         mlp = _best(scores["mlp"][number], counts.mlp[number]) if "mlp" in scores else tuple(range(block.mlp))
-        dims = {}
+        dims: dict[str, Any] = {}
         for kind, size in (("qk", block.qk_dim), ("v", block.v_dim)):
             of = "v" if tied else kind
             if of in scores and getattr(counts, kind)[number] < size:
@@ -167,7 +165,7 @@ class _Settling:
         for kind, of_blocks in scores.items():
             least = dense
             for block, units in enumerate(full(config, kind)):
-                least = self.with_one(least, kind, block, levels(units, multiple_of(multiples, kind))[-1])
+                least = self.with_one(least, kind, block, levels(units, multiples, kind)[-1])
             total = sum(float(one.double().sum()) for one in of_blocks)
             scale = (self.cost(dense) - self.cost(least)) / max(total, 1e-30)
             for block, one in enumerate(of_blocks):
@@ -215,7 +213,7 @@ class _Settling:
             if not counts.runs[block]:
                 continue
             count = getattr(counts, kind)[block]
-            known = levels(full(self.config, kind)[block], multiple_of(self.multiples, kind))
+            known = levels(full(self.config, kind)[block], self.multiples, kind)
             place = known.index(count) - way
             if 0 <= place < len(known):
                 share = counts.heads[block] / self.config.blocks[block].heads if kind in ("qk", "v") else 1.0

@@ -1,8 +1,8 @@
 """What a learned method is: gates on the units of a model, what it trains them by, and at the end a plan.
 
 A method attaches gates to heads, dims of queries, keys and values, MLP units, rows of ``proj`` and ``fc2``, or whole
-blocks. Gates multiply the very rows and columns of the weights that surgery cuts out (``_gates.py``), so that a mask and
-a slice cannot drift apart. ``vitprune.recover`` trains the model, and calls the hooks below; there is no other loop.
+blocks. Gates multiply the very rows and columns of the weights that surgery cuts out (``_gates.py``), so that a mask
+and a slice cannot drift apart. ``vitprune.recover`` trains the model and calls the hooks below; there is no other loop.
 All that a method knows is in its parameters and buffers, and chance is drawn anew from the number of the step: a
 training that is resumed ends as one that was not interrupted.
 """
@@ -80,11 +80,15 @@ class Budget(NamedTuple):
 
 
 class Multiples(NamedTuple):
-    """What kept counts are multiples of; all of them is always a choice."""
+    """What kept counts are multiples of; all of them is always a choice. Of a head at least ``least_head_dim`` stay."""
 
     heads: int = 1
     mlp: int = 16
     head_dim: int = 8
+    least_head_dim: int = 1
+
+
+MULTIPLES = Multiples()
 
 
 class Target(NamedTuple):
@@ -177,7 +181,7 @@ class StructureMethod(nn.Module, ABC):
     labels: ClassVar[bool] = False
     straight: ClassVar[bool] = False
 
-    def __init__(self, model: Vit, budget: Budget, multiples: Multiples = Multiples(), steps: int = 1) -> None:
+    def __init__(self, model: Vit, budget: Budget, multiples: Multiples = MULTIPLES, steps: int = 1) -> None:
         super().__init__()
         self.check(model.config, budget)
         self.config, self.budget, self.multiples, self.steps = model.config, budget, multiples, steps

@@ -1,14 +1,14 @@
-"""CAIT's consistent dynamic channel pruning, a reconstruction: dims of heads leave alike in every head, and may return.
+"""CAIT's consistent dynamic channel pruning, a reconstruction: dims leave alike in every head, and may return.
 
-Wang, Chen, Lin et al., CAIT: Triple-Win Compression towards High Accuracy, Fast Inference, and Favorable Transferability
-For ViTs, 2023, https://arxiv.org/abs/2309.15755. No code was published, and of the method only the abstract and what
-others wrote of it were at hand: this is a reconstruction. The figures of the paper are those of channels and merged
-tokens together (``vitprune/tokens/cait.py`` has the merging), and are not claimed for the channels alone.
+Wang, Chen, Lin et al., CAIT: Triple-Win Compression towards High Accuracy, Fast Inference, and Favorable
+Transferability For ViTs, 2023, https://arxiv.org/abs/2309.15755. No code was published, and of the method only the
+abstract and what others wrote of it were at hand: this is a reconstruction. The figures of the paper are those of
+channels and merged tokens together (``vitprune/tokens/cait.py`` has the merging), and are not claimed for this.
 Known: every head of a block keeps equally many channels; queries and keys keep the same ones, values and the columns of
 ``proj`` that read them too; what is pruned is decided anew during the fine-tuning.
 Ours: the score is |weight * gradient| summed over a channel's weights, a moving average over steps; the share that is
-pruned grows in a line over the first third of the training, then the masks stand; until then weights under a closed mask
-learn straight through it. MLP units are pruned too, and all blocks keep the same share, which is what fits the budget.
+pruned grows in a line over the first third of the training, then the masks stand; weights under a closed mask learn
+straight through it. MLP units are pruned too, and all blocks keep the same share, which is what fits the budget.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..model.vit import Block, Vit
 from ..tokens.base import Recipe
 from ._gates import BlockGates
 from ._settle import block_plans, full, uniform
-from .base import Budget, Kept, Mean, Moment, Multiples, StructureMethod, Target
+from .base import MULTIPLES, Budget, Kept, Mean, Moment, Multiples, StructureMethod, Target
 
 RAMP = 1 / 3  # share of the training in which masks grow and change
 MEMORY = 0.9  # share of the score so far in the next one
@@ -47,7 +47,7 @@ class CaitCdcp(StructureMethod):
     dims = ("qk", "v")
     straight = True
 
-    def __init__(self, model: Vit, budget: Budget, multiples: Multiples = Multiples(), steps: int = 1) -> None:
+    def __init__(self, model: Vit, budget: Budget, multiples: Multiples = MULTIPLES, steps: int = 1) -> None:
         super().__init__(model, budget, multiples, steps)
         self.counts = uniform(model.config, budget, multiples, KINDS, tied=False)
         for number, block in enumerate(model.config.blocks):
@@ -65,7 +65,7 @@ class CaitCdcp(StructureMethod):
                 self._mask(kind, number).copy_(closed(self._score(kind, number), kept))
 
     def gates(self) -> list[BlockGates]:
-        found = []
+        found: list[BlockGates] = []
         for number in range(len(self.config.blocks)):
             qk, v, mlp = (self._mask(kind, number) for kind in KINDS)
             found.append({"q": qk, "k": qk, "v": v, "proj": v, "fc1": mlp, "fc2": mlp})

@@ -1,12 +1,12 @@
-"""S2ViTE: a random part of the heads and MLP units trains; now and then the weakest die, and others grow in their place.
+"""S2ViTE: a random part of the heads and MLP units trains; now and then the weakest die, and others grow instead.
 
 Chen, Cheng, Gan et al., Chasing Sparsity in Vision Transformers: An End-to-End Exploration, NeurIPS 2021,
 https://arxiv.org/abs/2106.04533. Every block keeps the same share of its heads and of its units all the time.
-Differs from the authors' code: it starts from the weights that the model has, where the authors train for 600 epochs from
-scratch; the share is what fits the budget (theirs: 0.7 for DeiT-T, 0.5 for DeiT-S, 0.7 of the heads and 0.6 of the units
-for DeiT-B), in the multiples that are told; units die and grow every 15,000 steps, or in a training of less than 1.5
-million steps after each hundredth of it, which is the same share of theirs. Their token selector is left out. A head
-that died still gives the bias of its values, since only weights are masked: at the end it is folded into that of
+Differs from the authors' code: it starts from the weights that the model has, where the authors train for 600 epochs
+from scratch; the share is what fits the budget (theirs: 0.7 for DeiT-T, 0.5 for DeiT-S, 0.7 of the heads and 0.6 of the
+units for DeiT-B), in the multiples that are told; units die and grow every 15,000 steps, or in a training of less than
+1.5 million steps after each hundredth of it, which is the same share of theirs. Their token selector is left out. A
+head that died still gives the bias of its values, since only weights are masked: at the end it is folded into that of
 ``proj``, so that cutting the head changes nothing.
 """
 
@@ -24,7 +24,7 @@ from ..model.config import VitConfig
 from ..model.vit import Attention, Block, Mlp, Vit
 from ..tokens.base import Recipe
 from ._settle import block_plans, uniform
-from .base import Budget, Kept, Mean, Moment, Multiples, StructureMethod, Target, drawn
+from .base import MULTIPLES, Budget, Kept, Mean, Moment, Multiples, StructureMethod, Target, drawn
 
 EVERY, LONG = 15_000, 100  # steps between two changes, and changes in a whole training
 T_END = 0.8  # share of the training after which nothing dies
@@ -56,7 +56,7 @@ class S2ViTE(StructureMethod):
 
     recipe = Recipe(lr=5e-4, warmup=5 / 600, last_lr=0.02, weight_decay=0.05)
 
-    def __init__(self, model: Vit, budget: Budget, multiples: Multiples = Multiples(), steps: int = 1) -> None:
+    def __init__(self, model: Vit, budget: Budget, multiples: Multiples = MULTIPLES, steps: int = 1) -> None:
         super().__init__(model, budget, multiples, steps)
         self.every = max(1, min(EVERY, steps // LONG))
         counts = uniform(model.config, budget, multiples, ("heads", "mlp"), tied=False)
@@ -98,8 +98,8 @@ class S2ViTE(StructureMethod):
         if self._changing:
             rate = death_rate(moment.done)
             for number, block in enumerate(model.blocks):
-                of_heads = [mean(value) for value in head_scores(self._seen.pop(number), cast(Block, block).attn.heads)]
-                self._change(f"heads{number}", *of_heads, rate)
+                strength, promise = head_scores(self._seen.pop(number), cast(Block, block).attn.heads)
+                self._change(f"heads{number}", mean(strength), mean(promise), rate)
                 self._change(f"mlp{number}", *unit_scores(cast(Block, block).mlp), rate)
         self._close(model)
 
@@ -140,7 +140,7 @@ class S2ViTE(StructureMethod):
 
 
 def head_scores(given: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Of what the heads give, A [B, N, H V] with its gradient: the means over the images of |sum A dA| and of sum |dA|."""
+    """Of what the heads give, A [B, N, H V] with its gradient: means over the images of |sum A dA| and of sum |dA|."""
     assert given.grad is not None
     a, grad = (x.unflatten(-1, (heads, -1)).float() for x in (given, given.grad))
     return (a * grad).sum((1, 3)).abs().mean(0), grad.abs().sum((1, 3)).mean(0)
@@ -165,4 +165,4 @@ def fold_value_bias(attn: Attention, dead: Tensor) -> None:
     if attn.qkv.bias is None:
         return
     columns = dead.repeat_interleave(attn.v_dim)
-    attn.proj.bias += attn.proj.weight[:, columns] @ attn.qkv.bias[-attn.sizes[2] :][columns]
+    attn.proj.bias.add_(attn.proj.weight[:, columns] @ attn.qkv.bias[-attn.sizes[2] :][columns])

@@ -5,17 +5,16 @@ block the numbers s of heads and units to drop, for each head the number r of di
 learn beside the weights: groups that are to go shrink by a proximal step, as many as fit the multipliers y and p; the
 multiplier z of the budget rises while it is missed.
 Differs from the authors' code, where it is known to be wrong: the step size of z goes through 1, 5, 9, 13 and 17 in
-equal parts of the training, as they set it (their scheduler looks for a key that nothing has, and it stays 1); the step of
-the multiplier is clamped, not the gap to the budget, whose gradient vanishes in the code while the gap is above 0.5. Dims
-of values are dropped equally many from each head of a block, since other numbers cannot be computed as one product; each
-kind's gradient is clipped on its own. What drops from queries and keys are whole heads. In a training of less than their
-75,000 steps, s and r follow the gradient per share of the units instead of per unit, fast enough to cross their range,
-and y and p rise as much faster. Their gates on patches are left out: the token methods are for that.
+equal parts of the training, as they set it (their scheduler looks for a key that nothing has, and it stays 1); the step
+of the multiplier is clamped, not the gap to the budget, whose gradient vanishes in the code while the gap is above 0.5.
+At the end dims of values are dropped equally many from each head of a block, since other numbers cannot be computed as
+one product; each kind's gradient is clipped on its own. What drops from queries and keys are whole heads. In a training
+of less than their 75,000 steps, s and r follow the gradient per share of the units instead of per unit, fast enough to
+cross their range, and y and p rise as much faster. Their gates on patches are left out: token methods are for that.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
@@ -26,7 +25,7 @@ from ..model.state import TokenState
 from ..model.vit import Block, Vit
 from ..tokens.base import Recipe
 from ._settle import block_plans, settle
-from .base import Amounts, Budget, Kept, Mean, Moment, Multiples, StructureMethod, Target, drawn
+from .base import MULTIPLES, Amounts, Budget, Kept, Mean, Moment, Multiples, StructureMethod, Target, drawn
 
 PUBLISHED_STEPS = 30 * 1_281_167 // 512
 WARMUP = 5 / 30  # share of the training in which the gates of the blocks stand at a half
@@ -71,7 +70,7 @@ class UVC(StructureMethod):
     recipe = Recipe(labels=0.9, answers=0.1, lr=1e-4, last_lr=0.01, weight_decay=0.05)
     depth = True
 
-    def __init__(self, model: Vit, budget: Budget, multiples: Multiples = Multiples(), steps: int = 1) -> None:
+    def __init__(self, model: Vit, budget: Budget, multiples: Multiples = MULTIPLES, steps: int = 1) -> None:
         super().__init__(model, budget, multiples, steps)
         blocks = model.config.blocks
         self.kinds = KINDS if budget.dims else KINDS[:2]
@@ -219,5 +218,5 @@ class UVC(StructureMethod):
         elif (moment.step + 1) % self.gate_every == 0:
             gradient = gathered / self.gate_every + cast(Tensor, self.z) * GATE_WEIGHT * slope
             velocity.copy_(GATE_MOMENTUM * velocity + gradient + GATE_DECAY * self.logits)
-            self.logits -= GATE_LR * velocity
+            self.logits.sub_(GATE_LR * velocity)
             gathered.zero_()

@@ -27,8 +27,8 @@ from ..model.vit import Block, Vit
 from ..plan import BlockPlan
 from ..tokens.base import Recipe
 from ._gates import BlockGates
-from ._settle import Counts, block_plans, full, multiple_of, nearest, settle
-from .base import Budget, Group, Kept, Multiples, StructureMethod, Target, parameters
+from ._settle import Counts, block_plans, full, nearest, settle
+from .base import MULTIPLES, Budget, Group, Kept, Multiples, StructureMethod, Target, parameters
 
 LR = 5e-4
 DIMS, UNITS, PATCHES = 2e-4 / 4, 5e-5 / 4, 1e-4 / 4  # weights of the penalties
@@ -60,7 +60,7 @@ class VitSlim(StructureMethod):
         self,
         model: Vit,
         budget: Budget,
-        multiples: Multiples = Multiples(),
+        multiples: Multiples = MULTIPLES,
         steps: int = 1,
         *,
         patches: float = 1.0,
@@ -143,7 +143,7 @@ class VitSlim(StructureMethod):
         counts = Counts.dense(self.config)
         for kind, as_kind in (("v", "v"), ("v", "qk"), ("mlp", "mlp")):
             for block, units in enumerate(full(self.config, as_kind)):
-                near = nearest(wanted[kind][block], units, multiple_of(self.multiples, kind))
+                near = nearest(wanted[kind][block], units, self.multiples, kind)
                 counts = counts.with_one(as_kind, block, near)
         return counts
 

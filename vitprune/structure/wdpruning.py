@@ -4,14 +4,15 @@ Yu, Huang, Wang et al., Width & Depth Pruning for Vision Transformers, AAAI 2022
 https://ojs.aaai.org/index.php/AAAI/article/view/20222. Gates are on heads, MLP units and, where the budget counts
 parameters, on the channels that ``proj`` and ``fc2`` write; classifiers behind some blocks learn beside the model, so
 that the blocks behind one of them can be cut off.
-Differs from the authors' code, in which the optimiser's group for the saliencies stays empty because it looks for another
-name: here, as in the paper, they have a learning rate of their own and no decay (0.025, of the paper; the code has
-0.0025). In a short training it is raised so far that thresholds can cross their range. Multiples of 16 for MLP units and
-written channels are those of the code unless others are told; heads are counted one by one. The share that is kept is
-computed from the model's own shapes, where the code has DeiT-B's; blocks that are to be cut count as gone, in the paper
-they come on top. The further classifiers are copies of the model's own norm and head at first, not random ones, and read
-what these read: class token, both tokens of a distilled model, or the mean. The rows of channels that are not written
-become zeros, which is exact and saves no time: as an index into the residual stream they would be copied about.
+Differs from the authors' code, in which the optimiser's group for the saliencies stays empty because it looks for
+another name: here, as in the paper, they have a learning rate of their own and no decay (0.025, of the paper; the code
+has 0.0025). In a short training it is raised so far that thresholds can cross their range. Multiples of 16 for MLP
+units and written channels are those of the code unless others are told; heads are counted one by one. The share that is
+kept is computed from the model's own shapes, where the code has DeiT-B's; blocks that are to be cut count as gone, in
+the paper they come on top. The further classifiers are copies of the model's own norm and head at first, not random
+ones, and read what these read: class token, both tokens of a distilled model, or the mean. The rows of channels that
+are not written become zeros, which is exact and saves no time: as an index into the residual stream they would be
+copied about.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ..tokens.base import Recipe
 from ._gates import BlockGates, with_weights
 from ._lagrangian import Lagrangian
 from ._settle import block_plans, settle
-from .base import Amounts, Budget, Group, Kept, Multiples, StructureMethod, Target, parameters
+from .base import MULTIPLES, Amounts, Budget, Group, Kept, Multiples, StructureMethod, Target, parameters
 
 THETA = 10.0  # of all thresholds at first: sigmoid(10) of the units stay, which is all of them
 WRITES = 16  # kept channels of a half's output are a multiple of it
@@ -39,7 +40,7 @@ CLASSIFIER = ("norm.", "head.", "head_dist.")  # names of the model's weights be
 
 
 def kept_count(theta: float, units: int, multiple: int) -> int:
-    """``ceil(sigmoid(theta) * units)``; where ``multiple`` divides the units, its nearest multiple, of two the larger."""
+    """``ceil(sigmoid(theta) * units)``; the nearest multiple, or the larger of two, if ``multiple`` divides it."""
     count = math.ceil(units / (1 + math.exp(-theta)))
     if units % multiple == 0:
         count = max(multiple, (2 * count + multiple) // (2 * multiple) * multiple)
@@ -79,7 +80,7 @@ class WDPruning(StructureMethod):
         self,
         model: Vit,
         budget: Budget,
-        multiples: Multiples = Multiples(),
+        multiples: Multiples = MULTIPLES,
         steps: int = 1,
         *,
         blocks: int | None = None,
@@ -127,7 +128,7 @@ class WDPruning(StructureMethod):
         return [*groups, Group(list(self.classifiers.parameters()))] if self.places else groups
 
     def gates(self) -> list[BlockGates]:
-        found = []
+        found: list[BlockGates] = []
         for number, block in enumerate(self.config.blocks):
             head = self._mask("heads", number)[:, None]
             gates = {"q": head.expand(-1, block.qk_dim), "v": head.expand(-1, block.v_dim)}

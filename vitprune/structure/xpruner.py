@@ -25,7 +25,7 @@ from ..tokens.base import Recipe
 from ._gates import BlockGates
 from ._lagrangian import Lagrangian
 from ._settle import block_plans, settle
-from .base import Amounts, Budget, Group, Kept, Moment, Multiples, StructureMethod, Target, parameters
+from .base import MULTIPLES, Amounts, Budget, Group, Kept, Moment, Multiples, StructureMethod, Target, parameters
 
 MASK_LR, THRESHOLD_LR = 1e-3, 0.025
 SPARSITY, SMOOTHNESS = 1e-4, 1e-4  # weights of the penalties
@@ -40,7 +40,7 @@ class XPruner(StructureMethod):
     recipe = Recipe(lr=1e-4, last_lr=0.01, weight_decay=0.05)
     labels = True
 
-    def __init__(self, model: Vit, budget: Budget, multiples: Multiples = Multiples(), steps: int = 1) -> None:
+    def __init__(self, model: Vit, budget: Budget, multiples: Multiples = MULTIPLES, steps: int = 1) -> None:
         super().__init__(model, budget, multiples, steps)
         classes, blocks = model.config.classes, model.config.blocks
         self.masks = nn.ModuleDict(
