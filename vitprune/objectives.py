@@ -114,6 +114,9 @@ class Distillation(Objective):
         return F.layer_norm(tokens, tokens.shape[-1:]), None
 
     def loss(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
+        if self.classes and student.tokens.shape[-1] != teacher.tokens.shape[-1]:  # channels have left the student
+            loss = divergence(student.answers.float(), teacher.answers.float()).mean()
+            return loss + _of_method(student, teacher.answers.argmax(-1))
         loss = F.mse_loss(student.tokens.float(), teacher.tokens.float())
         if self.classes:
             loss = divergence(student.answers.float(), teacher.answers.float()).mean() + self.token_weight * loss

@@ -203,6 +203,8 @@ sead: 3
             "prune: {tokens: {method: none}, heads: {enabled: false}, mlp: {enabled: false}, depth: {enabled: false}}",
             "prune: allows nothing",
         ),
+        ("prune: {embedding: 8}\nrecover: {recipe: published}", "prune.embedding: cannot go with recover.recipe"),
+        ("prune: {head_dims: {minimum: 0}}", "prune.head_dims.minimum: must be >= 1, got 0"),
         ("latency_ms: 5", "latency_ms: is no key of a profile; did you mean budget.latency_ms?"),
         ("name: a/b", "name: must be letters"),
         ("model: [a]", "model: must be a mapping, got ['a']"),

@@ -1,8 +1,9 @@
-"""A build that may remove dims of heads: search, plan, surgery, export, and a service on what comes of it."""
+"""Builds that remove dims of heads and channels: search, plan, surgery, export, and a service on what comes of it."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,12 @@ import yaml
 from small import PROFILE
 
 from vitprune.model.timm import from_timm
+from vitprune.model.vit import fingerprint
 from vitprune.plan import Plan
+from vitprune.search.counts import Counts
 from vitprune.search.latency import Circumstances, LatencyTable, Levels, Pieces
-from vitprune_deploy.build import build
+from vitprune.surgery import prune
+from vitprune_deploy.build import build, run
 from vitprune_deploy.build.runtimes import device
 from vitprune_deploy.console import Console
 from vitprune_deploy.latency.table import shape_key
@@ -30,6 +34,7 @@ QUICK = ["prune.head_dims={enabled: true, multiple: 4, minimum: 4}", "prune.toke
 def record_table(profile: Profile, path: Path) -> None:
     """A table of this machine on which attention is most of the time, and its dims most of that."""
     config = from_timm(profile.model.name, pretrained=False, **profile.model.args).model.config
+    config = replace(config, dim=profile.prune.embedding or config.dim)
     asked = Circumstances(
         device(profile), "onnxruntime", "fp32", profile.batch, profile.budget.threads, (32, 32), shape_key(config)
     )
@@ -58,3 +63,24 @@ def test_dims_of_heads_go_from_the_search_into_the_engine(tmp_path, images):
     assert any("qk" in point["counts"] for point in points)
     with load(out) as model:
         assert model.predict(np.zeros((2, 32, 32, 3), np.uint8)).logits.shape == (2, 3)
+
+
+def test_fewer_channels_are_an_explicit_choice_of_which_the_budget_knows(tmp_path, images):
+    (tmp_path / "small.yaml").write_text(PROFILE.format(images=images))
+    more = ["prune.embedding=32", f"measure.table={tmp_path / 'table.json'}"]
+    profile = load_profile(tmp_path / "small.yaml", [*QUICK, *more])
+    record_table(profile, tmp_path / "table.json")
+    bench = run(profile, tmp_path / "out", Console(quiet=True), until="recover")
+    plan = Plan.from_dict(yaml.safe_load((bench.folders["search"] / "plan.yaml").read_text()))
+    assert plan.embed is not None
+    assert len(plan.embed) == 32
+    assert plan.model_sha256 == fingerprint(bench.dense)
+    assert bench.pruned.config == prune(bench.dense, plan).config
+    assert bench.pruned.config.dim == 32
+    times, found = bench.json("measure", "embedding.json"), bench.json("search", "search.json")
+    assert found["dense_ms"] == pytest.approx(found["dense_predicted_ms"])
+    # the budget is a share of the dense model's time, which the searched one's is beside it
+    assert found["budget_ms"] == pytest.approx(found["dense_ms"] / 1.3)
+    table = LatencyTable.from_dict(found["table"])
+    base_ms = table.predict_ms(Counts.dense([4] * 3, [192] * 3, 64))
+    assert found["dense_ms"] == pytest.approx(base_ms * times["dense"] / times["base"])

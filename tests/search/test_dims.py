@@ -110,6 +110,17 @@ def test_times_that_are_none_are_refused(times, sentence):
         LatencyTable.fill(CIRCUMSTANCES, replace(levels(), qk=QK, v=V), pieces(attn_dims=times))
 
 
+def test_a_table_with_dims_is_shown_with_them():
+    from vitprune_deploy.verbs.building import _table_text
+
+    rows = [line.split() for line in _table_text(with_dims()).splitlines()]
+    heads = [row[-5:] for row in rows]
+    first = heads.index(["64/32", "48/64", "48/32", "32/64", "32/32"])
+    shown = next(row for row in rows[first:] if row[0] == "137")
+    assert all(cell.startswith("~") for cell in shown[1:])
+    assert "dims" not in _table_text(table())
+
+
 def test_of_several_devices_the_slowest_decides_for_dims_too():
     slower = replace(with_dims(), attn_dims={k: e._replace(ms=2 * e.ms) for k, e in with_dims().attn_dims.items()})
     both = slowest([with_dims(), slower], [1.0, 1.0])

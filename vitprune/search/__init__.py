@@ -1,7 +1,7 @@
 """The search for the plan that loses the least inside a latency budget.
 
-Tokens, heads, MLP width and depth compete for the same measured milliseconds in one exact problem. Names are imported
-when they are first used; only those of ``losses`` need torch.
+Tokens, heads, their dims, MLP width and depth compete for the same measured milliseconds in one exact problem. Names
+are imported when they are first used; only those of ``losses`` need torch.
 
     from vitprune import search
     from vitprune.tokens.evit import EViT
@@ -23,7 +23,7 @@ Where to bring your own:
 
 * losses: fill a ``LossTable`` with any numbers that add up, in any unit; or weight them, ``problem.reweighted``.
 * times: ``LatencyTable.fill`` takes measured ``Pieces`` from anywhere; ``land`` takes any ``measure``.
-* choices that a ``Problem`` does not know (weight patterns, q/k dims): describe blocks by ``Stay``, ``Move`` and
+* choices that a ``Problem`` does not know (weight patterns): describe blocks by ``Stay``, ``Move`` and
   ``Either`` and call ``solve`` yourself; it knows nothing but losses, times and labels.
 """
 

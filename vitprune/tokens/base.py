@@ -41,7 +41,8 @@ class Place(NamedTuple):
         """Block ``block`` of the model that ``config`` describes, reduced there if nowhere else."""
         reduced = sorted({block, *(i for i, one in enumerate(config.blocks) if one.patches)})
         head_dim = round(max(one.scale for one in config.blocks) ** -2)
-        heads = max(1, config.dim // head_dim)
+        most = max(1, config.dim // head_dim)
+        heads = next(count for count in range(most, 0, -1) if config.dim % count == 0)  # of any number of channels
         return cls(block, len(config.blocks), reduced.index(block), len(reduced), config.dim, heads, config.patches)
 
 

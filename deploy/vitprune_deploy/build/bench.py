@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +18,7 @@ from ..profile import Profile
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vitprune.model.config import VitConfig
     from vitprune.model.vit import Vit
     from vitprune.search.counts import TokenMethod
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 RANKINGS = "rankings"  # in the folder of the stage that measures losses
 METHOD_WEIGHTS = "-weights.safetensors"  # behind a token method's name: in the stage that found them
 RANGE_IMAGES = 64  # that tell which operations fp16 cannot hold
+CHANNELS = "channels.json"  # in the folder of the stage that chooses token methods: those that stay
 INT8 = "int8.json"  # in the folder of the stage that tries it, as is the next
 INT8_MODEL = "model.int8.onnx"
 METHODS = "methods.json"  # in the folder of the stage that chooses token methods
@@ -76,6 +78,25 @@ class Bench:
     def dense(self) -> Vit:
         """The model to prune, in eval mode."""
         return load_vit(self.folders["model"], "dense")
+
+    @cached_property
+    def base(self) -> Vit:
+        """The model that the search works on: the dense one, or what fewer channels of the residual stream leave."""
+        from vitprune.surgery import dense_plan, prune
+
+        if self.channels is None:
+            return self.dense
+        return prune(self.dense, replace(dense_plan(self.dense), embed=self.channels))
+
+    @property
+    def channels(self) -> tuple[int, ...] | None:
+        """The channels of the residual stream that stay, known once the stage ``methods`` is done; None: all."""
+        return None if self.profile.prune.embedding is None else tuple(self.json("methods", CHANNELS))
+
+    @property
+    def base_config(self) -> VitConfig:
+        """The architecture of ``base``, known before it is."""
+        return replace(self.dense.config, dim=self.profile.prune.embedding or self.dense.config.dim)
 
     @cached_property
     def pruned(self) -> Vit:

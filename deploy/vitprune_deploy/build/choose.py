@@ -16,6 +16,7 @@ from ..remote.watch import watched
 from . import runtimes, several
 from .bench import RANKINGS, Bench, write_json
 from .contest import Contest, Entry, losses_file, target
+from .embedding import measure_whole, of_dense, searched_share
 from .make import served_opset, served_sizes
 from .sizes import sizes
 
@@ -59,7 +60,7 @@ def table_settings(bench: Bench) -> dict[str, Any]:
 
     given = bench.profile.measure.table
     recorded = sha256_file(Path(given)) if given else None
-    return {**table_key(bench.dense.config, table_request(bench), runtimes.device(bench.profile)), "recorded": recorded}
+    return {**table_key(bench.base_config, table_request(bench), runtimes.device(bench.profile)), "recorded": recorded}
 
 
 def measure(bench: Bench, folder: Path) -> None:
@@ -67,16 +68,17 @@ def measure(bench: Bench, folder: Path) -> None:
     from ..latency.table import accept, measure_table, read_table
 
     request, given = table_request(bench), bench.profile.measure.table
+    measure_whole(bench, folder)
     if given:
         table = read_table(Path(given))
-        for warning in accept(table, bench.dense.config, request, runtimes.device(bench.profile)):
+        for warning in accept(table, bench.base.config, request, runtimes.device(bench.profile)):
             bench.shows.say(f"warning: {warning}")
         write_json(folder / "latency_table.json", table.to_dict())
         write_json(folder / "wholes.json", [])
         return
     with watched(runtimes.on(bench.profile), bench.shows.say) as machine:
         found = measure_table(
-            bench.dense, request, runtimes.loader(bench.profile), folder / "pieces", progress=bench.shows.progress
+            bench.base, request, runtimes.loader(bench.profile), folder / "pieces", progress=bench.shows.progress
         )
     shaky = [whole for whole in found.wholes if whole.measurement.unstable]
     if shaky:
@@ -109,7 +111,7 @@ def survey_losses(bench: Bench, folder: Path) -> None:
     names = list(dict.fromkeys(method.judged_as for method in bench.token_methods()))
     allowed, probes, rounds = sizes(bench), bench.profile.search.probe_images, max(1, len(names))
     first, _ = measure_losses(
-        bench.dense,
+        bench.base,
         bench.search_images,
         allowed,
         criterion=bench.profile.prune.criterion,
@@ -123,7 +125,7 @@ def survey_losses(bench: Bench, folder: Path) -> None:
         with_token_method(
             first,
             name,
-            bench.dense,
+            bench.base,
             bench.search_images,
             allowed,
             method_weights=bench.method_weights(name),
@@ -169,7 +171,7 @@ def search(bench: Bench, folder: Path) -> None:
     landed = _land(bench, best, folder)
     method, counts = best.method.name if best.method else None, landed.chosen.point.counts
     plan = best.rankings.plan(
-        fingerprint(bench.dense),
+        fingerprint(bench.base),
         counts.heads,
         counts.mlp,
         counts.patches_out(bench.dense.config.patches),
@@ -178,9 +180,10 @@ def search(bench: Bench, folder: Path) -> None:
         kept_qk=counts.qk,
         kept_v=counts.v,
     )
+    plan = of_dense(bench, plan)
     (folder / "plan.yaml").write_text(yaml.safe_dump(plan.to_dict(), default_flow_style=None, sort_keys=False))
     write_json(folder / "frontier.json", frontier(best.problem.on(landed.table)))
-    write_json(folder / "search.json", _account(contest, best, landed))
+    write_json(folder / "search.json", _account(contest, best, landed, searched_share(bench)))
 
 
 def frontier(problem: Problem) -> list[dict[str, Any]]:
@@ -230,12 +233,12 @@ def measure_counts(bench: Bench, plans: list[Counts], method: TokenMethod | None
         name = f"plan-{canonical_sha256(counts.to_dict())[:12]}"
         bench.shows.progress(number, 2 * len(plans), "export candidates")
         paths[name] = export_whole(
-            slim(bench.dense, counts, method),
+            slim(bench.base, counts, method),
             folder / f"{name}.onnx",
             **served_sizes(profile, bench.dense.config.image_size),
             precision=profile.graph_precision,
             opset=served_opset(profile, profile.graph_precision),
-            islands=bench.islands(bench.dense, profile.graph_precision),
+            islands=bench.islands(bench.base, profile.graph_precision),
         )
     limit = profile.measure.max_seconds
     found = measure_models(
@@ -297,8 +300,8 @@ def _trusted(bench: Bench, best: Contest) -> Landed:
     return Landed(status, Row(0, point, said), budget_ms, dense_ms, (), best.problem.table, reason)
 
 
-def _account(contest: Sequence[Contest], best: Contest, landed: Landed) -> dict[str, Any]:
-    """What the search did, for the report."""
+def _account(contest: Sequence[Contest], best: Contest, landed: Landed, share: float) -> dict[str, Any]:
+    """What the search did, for the report. ``share``: the searched model's time over the dense one's."""
     tried = best.refined.tried if best.refined else ()
     correlation = best.refined.rank_correlation if best.refined else math.nan
     return {
@@ -309,8 +312,8 @@ def _account(contest: Sequence[Contest], best: Contest, landed: Landed) -> dict[
         "status": landed.status,
         "reason": landed.reason,
         "budget_ms": landed.budget_ms,
-        "dense_ms": landed.dense_ms,
-        "dense_predicted_ms": landed.table.predict_ms(best.problem.dense()),
+        "dense_ms": landed.dense_ms / share,
+        "dense_predicted_ms": landed.table.predict_ms(best.problem.dense()) / share,
         "chosen": landed.chosen.to_dict(),
         "measured": [row.to_dict() for row in landed.rows],
         "evaluations": [[one.sum_loss, one.true_loss] for one in tried],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vitprune.errors import BudgetUnreachable
 
 from .bench import RANKINGS, Bench
+from .embedding import searched_share
 from .several import dense_ms, searched_table
 from .sizes import sizes
 
@@ -93,7 +94,7 @@ class Entry:
 
         name = self.method.judged_as if self.method else None
         weights = self.bench.method_weights(name)
-        return Evaluator(self.bench.dense, self.rankings, images, token_method=name, method_weights=weights)
+        return Evaluator(self.bench.base, self.rankings, images, token_method=name, method_weights=weights)
 
 
 def _tell(bench: Bench, name: str) -> Any:
@@ -110,10 +111,11 @@ def _only_blocks(losses: Any, blocks: Collection[int] | None, method: TokenMetho
 
 
 def target(bench: Bench) -> Any:
-    """The latency that the profile asks for."""
+    """The latency that the profile asks for; a speed-up over the model that is searched."""
     from vitprune.search.landing import Target
 
-    return Target(bench.profile.budget.latency_ms, bench.profile.budget.speedup)
+    budget = bench.profile.budget
+    return Target(budget.latency_ms, budget.speedup and budget.speedup * searched_share(bench))
 
 
 def losses_file(token_method: str | None) -> str:

@@ -54,9 +54,11 @@ def slim_model(bench: Bench) -> tuple[Vit, bool]:
     from vitprune.search.losses import Rankings
     from vitprune.surgery import dense_plan, prune
 
+    from .embedding import of_base
+
     plan = Plan.from_dict(yaml.safe_load((bench.folders["search"] / "plan.yaml").read_bytes()))
     whole = dense_plan(bench.dense).blocks
-    if plan.blocks == whole:
+    if plan.blocks == whole and plan.embed is None:
         return load_vit(bench.folders["model"], "dense"), False
     rankings = Rankings.load(bench.folders["losses"] / RANKINGS)
     qk, v = (
@@ -64,8 +66,8 @@ def slim_model(bench: Bench) -> tuple[Vit, bool]:
     )
     weights = rankings.weights([len(b.heads) for b in plan.blocks], [len(b.mlp) for b in plan.blocks], qk, v)
     kept_all = all(replace(b, patches=None) == w for b, w in zip(plan.blocks, whole, strict=True))
-    slim = prune(bench.dense, plan, weights, bench.method_weights(plan.reducer))
-    return slim, not kept_all or any(b.patches for b in plan.blocks)
+    slim = prune(bench.base, of_base(bench, plan), weights, bench.method_weights(plan.reducer))
+    return slim, plan.embed is not None or not kept_all or any(b.patches for b in plan.blocks)
 
 
 def export_settings(bench: Bench) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bench import METHOD_WEIGHTS, METHODS, OWN_COUNTS, Bench, save_weights, write_json
+from .embedding import choose_channels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,15 +25,20 @@ def screen_settings(bench: Bench) -> dict[str, Any]:
         "methods": [method.name for method in bench.candidates()],
         "holdout": bench.profile.search.holdout_images,
         "own": _own(bench),
+        **({} if bench.profile.prune.embedding is None else {"embedding": bench.profile.prune.embedding}),
     }
 
 
 def screen(bench: Bench, folder: Path) -> None:
-    """Choose the token methods that are searched: all, or those that lose least at the same counts."""
+    """Choose the token methods that are searched: all, or those that lose least at the same counts.
+
+    First of all, which channels of the residual stream stay, where the profile asks for fewer.
+    """
+    choose_channels(bench, folder)
     judged, losses = {method.name: method.judged_as for method in bench.candidates()}, {}
     names, weights = list(judged), calibrate(bench, sorted(set(judged.values())), folder)
     if len(names) > SEARCHED_METHODS:
-        found = one_schedule(bench.dense, weights, bench.search_images[:IMAGES])
+        found = one_schedule(bench.base, weights, bench.search_images[:IMAGES])
         losses = {name: found[method] for name, method in judged.items()}
         kept = sorted(names, key=lambda name: losses[name])[:SEARCHED_METHODS]
         shown = ", ".join(f"{name} {losses[name]:.4f}" for name in sorted(names, key=lambda name: losses[name]))
@@ -50,7 +56,7 @@ def search_own_counts(bench: Bench, name: str, weights: dict[str, Tensor], folde
     bench.schedule()  # refuses what the method cannot do
     images, number = bench.search_images[:CALIBRATION], _own(bench)
     assert number is not None
-    found = search_own(name, bench.dense, images, number, bench.shows.progress)
+    found = search_own(name, bench.base, images, number, bench.shows.progress)
     # the search tells of the blocks that it reduces; the losses of others are measured too
     save_weights({**weights, **found.method_weights}, folder / f"{name}{METHOD_WEIGHTS}")
     write_json(folder / OWN_COUNTS, list(found.patches))
@@ -75,7 +81,7 @@ def calibrate(bench: Bench, names: list[str], folder: Path) -> dict[str, dict[st
             found[name] = bench.method_weights(name)
             continue
         kind = parts.load("vitprune.tokens", name, Reducer)  # type: ignore[type-abstract]
-        found[name] = kind.calibrated(bench.dense, bench.search_images[:CALIBRATION])
+        found[name] = kind.calibrated(bench.base, bench.search_images[:CALIBRATION])
         if found[name]:
             save_weights(found[name], folder / f"{name}{METHOD_WEIGHTS}")
     return found

@@ -346,8 +346,18 @@ def _schedule_has_one_method(p: Any) -> Iterator[Problem]:
 
 
 @_rule
+def _channels_stay_as_weights_want_them(p: Any) -> Iterator[Problem]:
+    if p.prune.embedding is None:
+        return
+    if p.model.checkpoint_format is not None:
+        yield "prune.embedding", "cannot go with the weights of a token method (model.checkpoint_format)"
+    if p.recover.recipe == "published":
+        yield "prune.embedding", "cannot go with recover.recipe published, which compares all channels; use distil"
+
+
+@_rule
 def _something_may_be_pruned(p: Any) -> Iterator[Problem]:
     prune = p.prune
     widths = (prune.heads, prune.head_dims, prune.mlp, prune.depth)
-    if prune.tokens.method == "none" and not any(one.enabled for one in widths):
+    if prune.tokens.method == "none" and prune.embedding is None and not any(one.enabled for one in widths):
         yield "prune", "allows nothing: enable tokens, heads, head_dims, mlp or depth"

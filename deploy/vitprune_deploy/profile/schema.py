@@ -339,6 +339,11 @@ class Prune(Section):
     head_dims: HeadDims = Field(default=HeadDims(), description="dims of queries, keys and values")
     mlp: Mlp = Field(default=Mlp(), description="MLP hidden units")
     depth: Depth = Field(default=Depth(), description="whole halves and blocks")
+    embedding: Count | None = Field(
+        default=None,
+        description="channels of the residual stream that stay, before anything is searched; lossy, since every norm "
+        "then sees others, and for recovery to repair; null: all",
+    )
     last_block: Literal["prefix", "full"] = Field(
         default="prefix",
         description="prefix: where the head reads class or distillation tokens alone, the last block is computed for "

@@ -16,7 +16,7 @@ from .figures import account, block_rows, percent
 
 if TYPE_CHECKING:
     from vitprune.search.frontier import Point
-    from vitprune.search.latency import LatencyTable
+    from vitprune.search.latency import Entry, LatencyTable
 
 OUT = Path("out")  # each profile's folder lies in it
 MOST_ROWS = 24  # of a frontier, for a person; a program gets all of them
@@ -193,12 +193,19 @@ def _table_text(found: LatencyTable) -> str:
     threads = "all threads" if where.threads is None else f"{where.threads} threads"
     title = f"{device}: {where.runtime} {where.precision}, batch {where.batch}, {threads}, {_pixels(where.image_size)}"
     parts = [title, "milliseconds; ~ marks what was fitted, not measured"]
-    for name, entries, widths in (("heads", found.attn, levels.heads), ("MLP units", found.mlp, levels.mlp)):
+    kinds: list[tuple[str, Mapping[Any, Entry], Mapping[str, tuple[int, ...]]]] = [
+        ("heads", found.attn, {str(n): (n,) for n in levels.heads}),
+        ("MLP units", found.mlp, {str(n): (n,) for n in levels.mlp}),
+    ]
+    if found.attn_dims:
+        whole = {f"{qk}/{v}": (levels.heads[0], qk, v) for *_, qk, v in levels.dim_keys()}
+        kinds.insert(1, (f"q/k and v dims of {levels.heads[0]} heads", found.attn_dims, whole))
+    for name, entries, columns in kinds:
         rows = []
         for patches in levels.tokens:
-            cells = [entries[patches, width] for width in widths]
+            cells = [entries[key] for key in ((patches, *sizes) for sizes in columns.values())]
             rows.append([patches, *(f"{'' if cell.measured else '~'}{cell.ms:.3g}" for cell in cells)])
-        head = [f"patches \\ {name}", *map(str, widths)]
+        head = [f"patches \\ {name}", *columns]
         parts.append(table(rows, head=head, right=range(len(head))))
     return "\n\n".join(parts)
 

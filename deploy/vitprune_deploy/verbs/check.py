@@ -155,7 +155,7 @@ def _check_table(bench: Bench) -> None:
 
     given = bench.profile.measure.table
     if given:
-        accept(read_table(Path(given)), bench.dense.config, table_request(bench), runtimes.device(bench.profile))
+        accept(read_table(Path(given)), bench.base_config, table_request(bench), runtimes.device(bench.profile))
 
 
 def _check_disk(bench: Bench, out: Path) -> None:
