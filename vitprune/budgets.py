@@ -17,7 +17,7 @@ from .macs import block_macs, macs
 from .model.config import VitConfig
 from .search.counts import Counts
 from .search.latency import LatencyTable
-from .structure.base import Amounts, Budget
+from .structure.base import Amounts, Budget, StructureMethod
 
 
 def params_budget(config: VitConfig, share: float) -> Budget:
@@ -44,6 +44,11 @@ def macs_budget(config: VitConfig, share: float) -> Budget:
     dense = macs(config)
     fixed = dense - float(of_blocks(Amounts(*(part.double() for part in Amounts.dense(config)))))
     return Budget(lambda left: (fixed + of_blocks(left)) / dense, _checked(share), "multiply-accumulates")
+
+
+def own_budget(method: type[StructureMethod], config: VitConfig, share: float) -> Budget:
+    """At most ``share`` of what the authors of ``method`` count."""
+    return (params_budget if method.own_cost == "params" else macs_budget)(config, share)
 
 
 def latency_budget(

@@ -13,9 +13,9 @@ from tiny import images, labelled_by, tiny_config, tiny_vit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitprune import parts
-from vitprune.budgets import latency_budget, macs_budget, params_budget
+from vitprune.budgets import latency_budget, macs_budget, own_budget
 from vitprune.errors import InputError, NotSupported
-from vitprune.learn import Learned, learn, structure_method
+from vitprune.learn import Learned, Trained, learn, structure_method, untrained
 from vitprune.macs import macs
 from vitprune.model.config import VitConfig
 from vitprune.model.vit import Vit, fingerprint
@@ -26,6 +26,7 @@ from vitprune.search.latency import LatencyTable
 from vitprune.structure._gates import gated_weights, gates_of, with_weights
 from vitprune.structure.base import Amounts, Multiples
 from vitprune.surgery import prune, reduce_tokens
+from vitprune_deploy.profile.checks import DIM_METHODS
 
 METHODS = parts.names("vitprune.structure")
 SMALL = Multiples(heads=1, mlp=8, head_dim=2)
@@ -64,6 +65,7 @@ def test_the_methods_are_those_of_the_folder():
         page = __import__(f"vitprune.structure.{name}", fromlist=["x"]).__doc__
         assert "https://" in page
         assert ("reconstruction" in page) == (name in RECONSTRUCTED)
+    assert set(DIM_METHODS) == {name for name in METHODS if "qk" in structure_method(name).dims}
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -175,7 +177,8 @@ def test_other_models_are_pruned_alike(name, kind):
 def test_the_authors_way_to_train_learns_the_labels(name):
     model = tiny_vit()
     settings = RecoverSettings(steps=3, checks=1, lr=1e-3, recipe=structure_method(name).recipe)
-    budget = params_budget(model.config, 0.7) if name == "wdpruning" else macs_budget(model.config, 0.7)
+    budget = own_budget(structure_method(name), model.config, 0.7)
+    assert budget.unit == ("parameters" if name == "wdpruning" else "multiply-accumulates")
     found = learn(name, model, budget, labelled_by(model), images(8), settings, multiples=SMALL)
     assert found.checks[-1].step == 3
     assert found.plan.model_sha256 == fingerprint(found.model) != fingerprint(model)
@@ -191,6 +194,19 @@ def test_what_cannot_be_pruned_is_a_sentence(name):
         structure_method(name)(tiny_vit(attn_norm=True), dense)
     with pytest.raises(InputError, match="raise the budget"):
         learn(name, model, macs_budget(model.config, 0.05), batches, images(8), RecoverSettings(steps=1, checks=1))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_tighter_plan_is_taken_from_the_same_training(name):
+    model = tiny_vit()
+    settings = RecoverSettings(steps=2, checks=1, lr=1e-3)
+    student, method = untrained(name, model, macs_budget(model.config, 0.8), SMALL, settings)
+    checks = recover(student, model, batches, images(4), settings, method=method).checks
+    trained = Trained(student, method, checks)
+    loose, tight, again = (trained.within(share) for share in (0.8, 0.5, 0.8))
+    sizes = [macs(prune(found.model, found.plan).config) / macs(model.config) for found in (loose, tight)]
+    assert sizes[1] <= 0.5 < sizes[0] <= 0.8
+    assert again.plan == loose.plan
 
 
 def test_a_slim_model_recovers_as_any_other():

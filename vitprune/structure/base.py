@@ -169,7 +169,6 @@ class StructureMethod(nn.Module, ABC):
         recipe: how the authors train.
         own_cost: what the authors' budget counts.
         dims: dims of heads are pruned: of queries and keys, of values.
-        depth: whole blocks may be left out.
         labels: gates belong to classes: a model without a classifier cannot be trained so.
         straight: weights under closed gates learn as if these were open.
     """
@@ -177,7 +176,6 @@ class StructureMethod(nn.Module, ABC):
     recipe: ClassVar[Recipe] = Recipe()
     own_cost: ClassVar[Literal["params", "macs"]] = "macs"
     dims: ClassVar[tuple[str, ...]] = ()
-    depth: ClassVar[bool] = False
     labels: ClassVar[bool] = False
     straight: ClassVar[bool] = False
 

@@ -84,7 +84,8 @@ class CaitCdcp(StructureMethod):
     def finish(self, model: Vit) -> Kept:
         blocks = range(len(model.blocks))
         scores = {kind: [self._score(kind, number) for number in blocks] for kind in KINDS}
-        return Kept(block_plans(self.counts, scores, self.config))
+        counts = uniform(self.config, self.budget, self.multiples, KINDS, tied=False)
+        return Kept(block_plans(counts, scores, self.config))
 
     def _at_last(self) -> bool:
         """Whether the masks are those of the plan, and stand."""

@@ -68,7 +68,6 @@ class UVC(StructureMethod):
     """``drop_heads`` and ``drop_mlp`` [L] are s, ``drop_v`` [L, H] is r, ``logits`` [L, 2] the gates: skip and run."""
 
     recipe = Recipe(labels=0.9, answers=0.1, lr=1e-4, last_lr=0.01, weight_decay=0.05)
-    depth = True
 
     def __init__(self, model: Vit, budget: Budget, multiples: Multiples = MULTIPLES, steps: int = 1) -> None:
         super().__init__(model, budget, multiples, steps)

@@ -73,7 +73,6 @@ class WDPruning(StructureMethod):
 
     recipe = Recipe(lr=5e-4, last_lr=0.02, weight_decay=0.05)
     own_cost = "params"
-    depth = True
     published_lr: ClassVar[float] = 0.025
 
     def __init__(

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from vitprune.errors import InputError
+
 from . import several
 from .bench import Bench, load_vit, save_vit, save_weights, write_json
 from .sizes import multiples_of_units, sizes
@@ -164,7 +166,12 @@ def _land(bench: Bench, trained: Trained, table: LatencyTable, folder: Path) -> 
 
     rounds, share, rows = bench.profile.search.landings, trained.method.budget.share, []
     for number in range(1, max(1, rounds) + 1):
-        found = trained.within(share)
+        try:
+            found = trained.within(share)
+        except InputError:
+            if rows:  # nothing tighter can be taken: the last one is the fastest
+                break
+            raise
         if _prefix_only(bench):
             *before, last = found.plan.blocks
             found = found._replace(plan=replace(found.plan, blocks=(*before, replace(last, patches=0))))
