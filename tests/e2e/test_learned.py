@@ -21,7 +21,7 @@ from vitprune_deploy.profile import Profile, load_profile
 from vitprune_deploy.runtime import load
 
 QUICK = ["prune.learned={method: wdpruning, max_steps: 12, lr: 0.001}", "prune.tokens.method=none",
-         "prune.mlp.multiple=64", "budget.speedup=1.3", "search.landings=0", "recover.max_steps=2",
+         "prune.mlp.multiple=64", "budget.speedup=1.3", "search.landings=2", "recover.max_steps=2",
          "validation.runs=20", "validation.max_seconds=2"]  # fmt: skip
 
 
@@ -66,7 +66,10 @@ def test_learned_widths_go_into_the_engine_after_an_interruption(tmp_path, image
     plan = Plan.from_dict(yaml.safe_load((out / "plan.yaml").read_text()))
     config = json.loads((out / "model.json").read_text())
     assert [(b["heads"], b["mlp"]) for b in config["blocks"]] == [(len(b.heads), len(b.mlp)) for b in plan.blocks]
-    assert manifest.pruned.predicted_latency_ms <= manifest.budget.latency_ms
+    found = json.loads(next((out / ".work").glob("search-*/search.json")).read_text())
+    assert found["measured"][0]["counts"]["heads"] == [4, 4, 4]  # the dense model beside each plan that was taken
+    assert found["chosen"] == found["measured"][-1]
+    assert (found["chosen"]["measured_ms"] <= found["budget_ms"]) == (found["status"] == "under")
     assert manifest.pruned.macs < manifest.dense.macs
     assert manifest.parity.max_abs <= 1e-4
     with load(out) as model:
