@@ -95,7 +95,8 @@ class Recovered(NamedTuple):
 
     Attributes:
         model: the student with the least held-out loss of all checks, the untrained one included; of a training by a
-            recipe, which does not aim at that loss, the last; in eval mode.
+            recipe, which does not aim at that loss, and of one in which a method learns what stays, the last; in eval
+            mode.
         checks: the held-out losses in order, the first before any step.
     """
 
