@@ -22,6 +22,7 @@ FLOORS = [
     ["vitprune.macs", "vitprune.objectives", "vitprune.official", "vitprune.schedules", "vitprune.surgery"],
     ["vitprune.recover"],
     ["vitprune.search"],
+    ["vitprune.budgets", "vitprune.learn"],
     ["vitprune_deploy", "vitprune_deploy.profile", "vitprune_deploy.artifact", "vitprune_deploy.data"],
     ["vitprune_deploy.backends"],
     ["vitprune_deploy.export"],

@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .errors import InputError
 from .model.vit import Vit, fingerprint
 from .objectives import Distillation, Objective, Outputs, Published, divergence
+from .structure.base import Moment, StructureMethod, Target
 from .surgery import METHOD_WEIGHT
 from .tokens.base import Recipe, Reducer
 
@@ -94,7 +95,8 @@ class Recovered(NamedTuple):
 
     Attributes:
         model: the student with the least held-out loss of all checks, the untrained one included; of a training by a
-            recipe, which does not aim at that loss, the last; in eval mode.
+            recipe, which does not aim at that loss, and of one in which a method learns what stays, the last; in eval
+            mode.
         checks: the held-out losses in order, the first before any step.
     """
 
@@ -111,6 +113,7 @@ def recover(
     *,
     progress: Progress | None = None,
     checkpoint: Path | None = None,
+    method: StructureMethod | None = None,
 ) -> Recovered:
     """Train ``student`` to answer as ``teacher`` does; the student itself is changed, and both stay on their devices.
 
@@ -118,29 +121,22 @@ def recover(
         batches: training images; with several processes, each takes every so many-th batch.
         held_out: images that the training does not see, [M, C, H, W]: they choose among the checks.
         checkpoint: file that lets an interrupted training of the same models and settings go on; removed at the end.
+        method: learns beside the model what may stay of it; see ``vitprune.learn``. Held-out losses are then those of
+            the model as it is gated.
 
     Raises:
         InputError: there are no training images, or the loss is no number (the learning rate is too high).
     """
     homes = [(model, next(model.parameters()).device) for model in (student, teacher)]
-    run = _Run(student, teacher, held_out, settings)
+    run = _Run(student, teacher, held_out, settings, method)
     if checkpoint is not None and checkpoint.is_file():
         run.load(checkpoint)
-    if not run.checks:
-        run.check()
-    student.train()
-    checked = run.checks_due()
-    for batch in run.left_of(batches):
-        run.train(batch)
-        if progress is not None:
-            progress(run.step, settings.steps, f"held-out loss {run.checks[-1].loss:.4f}")
-        if run.checks_due() > checked:
-            checked = run.checks_due()
-            run.check()
-            if checkpoint is not None:
-                run.save(checkpoint)
-    if run.checks[-1].step != run.step:
-        run.check()
+    attached = method.attach(student) if method else []
+    try:
+        _go_on(run, batches, progress, checkpoint)
+    finally:
+        for hook in attached:
+            hook.remove()
     student.load_state_dict(run.best)
     student.requires_grad_()
     for model, device in homes:
@@ -150,29 +146,59 @@ def recover(
     return Recovered(student.eval(), tuple(run.checks))
 
 
+def _go_on(run: _Run, batches: Batches, progress: Progress | None, checkpoint: Path | None) -> None:
+    """The steps that are left, and the checks among them."""
+    if not run.checks:
+        run.check()
+    run.set_training(True)
+    checked = run.checks_due()
+    for batch in run.left_of(batches):
+        run.train(batch)
+        if progress is not None:
+            progress(run.step, run.settings.steps, f"held-out loss {run.checks[-1].loss:.4f}")
+        if run.checks_due() > checked:
+            checked = run.checks_due()
+            run.check()
+            if checkpoint is not None:
+                run.save(checkpoint)
+    if run.checks[-1].step != run.step:
+        run.check()
+
+
 class _Run:
     """The state of a training."""
 
-    def __init__(self, student: Vit, teacher: Vit, held_out: Tensor, settings: RecoverSettings) -> None:
+    def __init__(
+        self,
+        student: Vit,
+        teacher: Vit,
+        held_out: Tensor,
+        settings: RecoverSettings,
+        method: StructureMethod | None = None,
+    ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         torch.manual_seed(settings.seed)
         takes_turns = any(isinstance(module, Reducer) and module.rewarded for module in student.modules())
         self.accelerator = Accelerator(
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=takes_turns)],
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=takes_turns or method is not None)],
             cpu=not torch.accelerator.is_available(),  # unasked, processes on CPUs would each train on their own
             mixed_precision="bf16" if _has_bfloat16_units() else "no",
         )
         self.settings, self.plain, self.recipe = settings, student, settings.recipe or OURS
+        self.method = method
         self.objective: Objective = Distillation(student.config, settings.token_weight)
         if settings.recipe:
             self.objective = Published(student.config, settings.recipe)
         self.mix = _mixing(self.recipe, student.config.classes) if self.objective.needs_labels else None
         self.judge = Distillation(student.config, settings.token_weight)
         self.teacher = _Teacher(teacher.to(self.accelerator.device), self.objective)
-        optimizer = torch.optim.AdamW(_groups(student, self.objective.second, self.recipe), lr=settings.lr)
-        self.student, self.optimizer = self.accelerator.prepare(_WithOutputs(student, self.objective), optimizer)
-        self.of = f"{fingerprint(student)} {fingerprint(teacher)} {settings}"
+        groups = [*_groups(student, self.objective.second, self.recipe), *_method_groups(method, settings.lr)]
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr)
+        with_outputs = _WithOutputs(student, self.objective, method)
+        self.student, self.optimizer = self.accelerator.prepare(with_outputs, optimizer)
+        self.clipped = [p for group in groups if "own" in group for p in group["params"]]
+        self.of = f"{fingerprint(student)} {fingerprint(teacher)} {settings} {method.identity if method else None}"
         self.held_out = held_out
         with torch.no_grad():
             self.wanted = [self.judge.outputs(self.teacher.model, some) for some in self._held_out()]
@@ -211,7 +237,8 @@ class _Run:
         """One optimiser step."""
         batch, done = self._mixed(batch), self._done()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * self._lr_share(done, group["own"])
+            group["lr"] = self._lr(group, done)
+        moment = Moment(self.step, done, self._lr({"own": False}, done))
         for module in self.plain.modules():
             if isinstance(module, Reducer):
                 module.done = done
@@ -219,25 +246,39 @@ class _Run:
         plain_attention = [SDPBackend.MATH] if batch.images.device.type == "cpu" else list(_FUSED_TOO)
         with torch.no_grad(), self.accelerator.autocast():
             wanted = self.teacher.ask(batch.images, batch.numbers)
+        target = Target(wanted.answers, batch.labels if self.objective.needs_labels else None)
+        if self.method is not None:
+            self.method.begin(moment, target)
         with sdpa_kernel(plain_attention), self.accelerator.autocast():
-            loss = self.objective.loss(self.student(batch.images), wanted, batch.labels)
+            loss = self.objective.loss(self.student(batch.images, target), wanted, batch.labels)
         if not torch.isfinite(loss):
             raise InputError(f"recovery: the loss is {loss.item()} after {self.step} steps; lower recover.lr")
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.student.parameters(), 1.0)
+        if self.method is not None:
+            self.method.after_backward(self.plain, self._mean)
+        self.accelerator.clip_grad_norm_(self.clipped, 1.0)
         self.optimizer.step()
+        if self.method is not None:
+            self.method.after_step(self.plain, moment, self._mean)
         self.step += 1
+
+    def set_training(self, training: bool) -> None:
+        """Whether the student, and what learns beside it, are to be trained or judged."""
+        self.plain.train(training)
+        if self.method is not None:
+            self.method.train(training)
 
     def check(self) -> None:
         """Look at the held-out loss, and keep the weights if they are the best so far (see ``Recovered``)."""
-        self.plain.eval()
+        self.set_training(False)
         with torch.no_grad():
-            found = [self.judge.outputs(self.plain, some) for some in self._held_out()]
-        self.plain.train()
+            found = [_outputs(self.judge, self.plain, some, self.method) for some in self._held_out()]
+        self.set_training(True)
         losses = [self._held_out_loss(one, wanted) for one, wanted in zip(found, self.wanted, strict=True)]
         loss = sum(losses) / len(self.held_out)
-        if self.settings.recipe or not self.checks or loss < min(check.loss for check in self.checks):
+        last = self.settings.recipe or self.method or not self.checks
+        if last or loss < min(check.loss for check in self.checks):
             self.best = {name: value.detach().cpu().clone() for name, value in self.plain.state_dict().items()}
         self.checks.append(Check(self.step, self.seconds, loss))
 
@@ -253,6 +294,7 @@ class _Run:
             "best": self.best,
             "student": self.plain.state_dict(),
             "second": self.objective.second.state_dict() if self.objective.second else {},
+            "method": self.method.state_dict() if self.method else {},
             "optimizer": self.optimizer.state_dict(),
         }
         temporary = path.with_name(f".tmp-{path.name}")
@@ -270,6 +312,8 @@ class _Run:
         self.plain.load_state_dict(state["student"])
         if self.objective.second:
             self.objective.second.load_state_dict(state["second"])
+        if self.method:
+            self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best = state["step"], state["best"]
         self.begun = time.monotonic() - state["seconds"]
@@ -290,6 +334,16 @@ class _Run:
         """Share of the training that is over, by steps or by seconds, whichever is further."""
         steps = self.step / self.settings.steps
         return max(steps, min(1.0, self.seconds / self.settings.seconds)) if self.settings.seconds else steps
+
+    def _lr(self, group: Mapping[str, Any], done: float) -> float:
+        """The learning rate of a group of the optimiser."""
+        if "peak" in group:
+            return group["peak"] * learning_rate_share(done, 0.0, self.recipe.last_lr)
+        return self.settings.lr * self._lr_share(done, group["own"])
+
+    def _mean(self, value: Tensor) -> Tensor:
+        """Of all processes."""
+        return self.accelerator.reduce(value, "mean")
 
     def _lr_share(self, done: float, own: bool) -> float:
         """What the settings' learning rate is multiplied by, for the token method's ``own`` weights or the others.
@@ -346,12 +400,27 @@ class _Teacher:
 class _WithOutputs(nn.Module):
     """A model that gives all that an objective reads, so that one forward pass serves every loss."""
 
-    def __init__(self, model: Vit, objective: Objective) -> None:
+    def __init__(self, model: Vit, objective: Objective, method: StructureMethod | None) -> None:
         super().__init__()
-        self.model, self._objective, self.second = model, objective, objective.second
+        self.model, self._objective, self.second, self.method = model, objective, objective.second, method
 
-    def forward(self, images: Tensor) -> Outputs:
-        return self._objective.outputs(self.model, images)
+    def forward(self, images: Tensor, target: Target) -> Outputs:
+        return _outputs(self._objective, self.model, images, self.method, target)
+
+
+def _outputs(
+    objective: Objective, model: Vit, images: Tensor, method: StructureMethod | None, target: Target | None = None
+) -> Outputs:
+    """What ``model``, as ``method`` gates it, says of ``images``; with a ``target``, also what is added to the loss."""
+    if method is None:
+        return objective.outputs(model, images)
+
+    def compute() -> Outputs:
+        found = objective.outputs(model, images)
+        added = method.penalty(model, target) if target is not None else None
+        return found if added is None else found._replace(penalty=added)  # a student that is gated reduces no tokens
+
+    return method.computed(model, compute)
 
 
 def _mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
@@ -375,6 +444,19 @@ def _groups(student: Vit, second: nn.Module | None, recipe: Recipe) -> list[dict
     return [
         {"params": parameters, "own": own, "weight_decay": recipe.weight_decay if matrices else 0.0}
         for (own, matrices), parameters in groups.items()
+    ]
+
+
+def _method_groups(method: StructureMethod | None, lr: float) -> list[dict[str, Any]]:
+    """What the optimiser trains of a method; ``lr`` is the peak learning rate of the model's weights."""
+    return [
+        {
+            "params": list(group.parameters),
+            "weight_decay": 0.0,
+            "maximize": group.ascent,
+            "peak": lr if group.lr is None else group.lr,
+        }
+        for group in (method.groups() if method else ())
     ]
 
 

@@ -234,6 +234,20 @@ sead: 3
         ),
         ("prune: {embedding: 8}\nrecover: {recipe: published}", "prune.embedding: cannot go with recover.recipe"),
         ("prune: {head_dims: {minimum: 0}}", "prune.head_dims.minimum: must be >= 1, got 0"),
+        ("prune: {learned: {method: uvcc}}", "prune.learned.method: must be one of cait_cdcp, "),
+        ("prune: {learned: {method: uvc}}", "prune.tokens.method: must be none beside prune.learned: uvc prunes"),
+        (
+            "prune: {learned: {method: vitslim}, tokens: {method: none}}",
+            "prune.head_dims.enabled: must be true, since vitslim prunes them",
+        ),
+        (
+            "prune: {learned: {method: uvc}, tokens: {method: none}, depth: {enabled: false}}",
+            "prune.depth.enabled: must be true, since uvc skips blocks",
+        ),
+        (
+            "prune: {learned: {method: xpruner}, tokens: {method: none}, mlp: {enabled: false}}",
+            "prune.mlp.enabled: must be true, since xpruner prunes them",
+        ),
         ("latency_ms: 5", "latency_ms: is no key of a profile; did you mean budget.latency_ms?"),
         ("name: a/b", "name: must be letters"),
         ("model: [a]", "model: must be a mapping, got ['a']"),

@@ -13,7 +13,7 @@ import yaml
 
 from ..files import canonical_sha256, sha256_file
 from ..remote.watch import watched
-from . import runtimes, several
+from . import learned, runtimes, several
 from .bench import RANKINGS, Bench, write_json
 from .contest import Contest, Entry, losses_file, target
 from .embedding import measure_whole, of_dense, searched_share
@@ -102,6 +102,7 @@ def loss_settings(bench: Bench) -> dict[str, Any]:
         "probes": bench.profile.search.probe_images,
         "holdout": bench.profile.search.holdout_images,
         "methods": [method.judged_as for method in bench.token_methods()],
+        **({"learned": True} if bench.profile.prune.learned.method else {}),
     }
 
 
@@ -109,6 +110,10 @@ def survey_losses(bench: Bench, folder: Path) -> None:
     """Measure what each single change costs: of heads and hidden units once, of tokens with each method in question."""
     from vitprune.search.losses import measure_losses, with_token_method
 
+    if bench.profile.prune.learned.method:  # nobody asks for them
+        (folder / RANKINGS).mkdir()
+        write_json(folder / RANKINGS / "rankings.json", {})
+        return
     names = list(dict.fromkeys(method.judged_as for method in bench.token_methods()))
     allowed, probes, rounds = sizes(bench), bench.profile.search.probe_images, max(1, len(names))
     first, _ = measure_losses(
@@ -166,6 +171,9 @@ def search(bench: Bench, folder: Path) -> None:
 
     if bench.lead:
         _follow(bench, bench.lead, folder)
+        return
+    if bench.profile.prune.learned.method:
+        learned.search(bench, folder)
         return
     methods: list[TokenMethod | None] = [*bench.token_methods()] or [None]
     contest = [Entry(bench, method).search() for method in methods]

@@ -13,7 +13,7 @@ from vitprune.plan import Plan
 
 from ..files import sha256_file
 from ..profile import Profile
-from . import runtimes, training
+from . import learned, runtimes, training
 from .bench import RANKINGS, Bench, load_vit, save_vit, write_json
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def slim_model(bench: Bench) -> tuple[Vit, bool]:
     from .embedding import of_base
 
     plan = Plan.from_dict(yaml.safe_load((bench.folders["search"] / "plan.yaml").read_bytes()))
+    if bench.profile.prune.learned.method:
+        return learned.slim_model(bench, plan), True
     whole = dense_plan(bench.dense).blocks
     if plan.blocks == whole and plan.embed is None:
         return load_vit(bench.folders["model"], "dense"), False

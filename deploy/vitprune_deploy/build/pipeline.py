@@ -17,7 +17,7 @@ from ..console import Console
 from ..files import canonical_sha256
 from ..profile import Profile
 from ..stages import Stages
-from . import choose, int8, judge, make, prepare, screen
+from . import choose, int8, judge, learned, make, prepare, screen
 from .bench import INT8, METHODS, RANKINGS, Bench
 
 log = logging.getLogger(__name__)
@@ -58,8 +58,10 @@ STAGES = (
         "losses", ("model", "images", "methods"), (f"{RANKINGS}/rankings.json",), choose.loss_settings, ("torch",),
         choose.survey_losses,
     ),
+    Stage("learn", ("model", "images", "measure"), (learned.LEARNING,), learned.settings, ("torch",), learned.learn),
     Stage(
-        "search", ("model", "images", "methods", "measure", "losses"), ("plan.yaml", "frontier.json", "search.json"),
+        "search", ("model", "images", "methods", "measure", "losses", "learn"),
+        ("plan.yaml", "frontier.json", "search.json"),
         choose.search_settings, ("torch",), choose.search,
     ),
     Stage(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..profile import Profile
 from .bench import Bench
 
 if TYPE_CHECKING:
@@ -68,6 +69,11 @@ def _with_folds(patches: tuple[int, ...], bench: Bench) -> tuple[int, ...]:
     if methods and all(method.grid for method in methods):
         return tuple(sorted(folds, reverse=True))
     return tuple(sorted({*patches, *folds}, reverse=True)) if len(folds) > 1 else patches
+
+
+def multiples_of_units(profile: Profile, units: int, dims: int) -> tuple[int, int]:
+    """What kept counts of an MLP's ``units`` and of a head's ``dims`` are multiples of."""
+    return _step(units, profile.mlp_multiple, MOST_WIDTHS), _step(dims, profile.head_dim_multiple, MOST_DIMS)
 
 
 def _step(size: int, multiple: int, most: int) -> int:

@@ -27,6 +27,7 @@ NOT_RTX = {  # what TensorRT-RTX has in place of what it has not
     "hardware_compatibility": "; TensorRT-RTX serves the GPUs of runtime.compute_capabilities",
     "version_compatible": "; TensorRT-RTX has no version compatibility: build the engine again for each version",
 }
+DIM_METHODS = ("cait_cdcp", "vitslim")  # learned methods that prune dims of heads, and no heads
 # short for an ...ExecutionProvider
 PROVIDERS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "openvino", "coreml", "directml")
 
@@ -380,6 +381,26 @@ def _block_criteria_remove_blocks(p: Any) -> Iterator[Problem]:
         yield "prune.criterion", f"{prune.criterion} ranks whole blocks; use it with {wish}"
     elif prune.allocation != "global":
         yield "prune.allocation", f"must be global for {prune.criterion}, got {prune.allocation}"
+
+
+@_rule
+def _learned_widths_stand_alone(p: Any) -> Iterator[Problem]:
+    prune, method = p.prune, p.prune.learned.method
+    if method is None:
+        return
+    if prune.tokens.method != "none":
+        yield "prune.tokens.method", f"must be none beside prune.learned: {method} prunes a model that keeps all tokens"
+    if prune.embedding is not None:
+        yield "prune.embedding", "cannot go with prune.learned, which takes all channels"
+    if p.search.one_plan:
+        yield "search.one_plan", "cannot go with prune.learned, which aims at one device"
+    for key in ("heads", "mlp"):
+        if not getattr(prune, key).enabled and (key != "heads" or method not in DIM_METHODS):
+            yield f"prune.{key}.enabled", f"must be true, since {method} prunes them"
+    if not prune.head_dims.enabled and method in DIM_METHODS:
+        yield "prune.head_dims.enabled", f"must be true, since {method} prunes them"
+    if not prune.depth.enabled and method == "uvc":
+        yield "prune.depth.enabled", f"must be true, since {method} skips blocks"
 
 
 @_rule

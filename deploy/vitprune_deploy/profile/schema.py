@@ -25,6 +25,7 @@ from .kinds import (
     ProfilePath,
     RuntimeName,
     Seconds,
+    StructureMethod,
     TokenMethod,
     VersionRange,
     one_shape,
@@ -333,6 +334,23 @@ class Depth(Section):
     enabled: bool = Field(default=True, description="whether whole halves of a block, and so blocks, may be removed")
 
 
+class LearnedWidths(Section):
+    """Widths that a method learns while the model trains, in place of their search; tokens all stay."""
+
+    method: StructureMethod | None = Field(
+        default=None, description="which learns them; null: widths are searched, which needs no training"
+    )
+    max_steps: Count = Field(default=1000, description="optimiser steps after which it stops; recovery follows")
+    max_seconds: Seconds | None = Field(default=None, description="seconds after which it stops; null: no limit")
+    recipe: Literal["distil", "published"] = Field(
+        default="distil",
+        description="distil: learn the unpruned model's answers; published: what the method's authors train with",
+    )
+    lr: Annotated[float, Field(gt=0, le=10)] | None = Field(
+        default=None, description="peak learning rate of the model's weights; null: as recover.lr"
+    )
+
+
 class Prune(Section):
     """What may be pruned, and by which method."""
 
@@ -341,6 +359,7 @@ class Prune(Section):
     head_dims: HeadDims = Field(default=HeadDims(), description="dims of queries, keys and values")
     mlp: Mlp = Field(default=Mlp(), description="MLP hidden units")
     depth: Depth = Field(default=Depth(), description="whole halves and blocks")
+    learned: LearnedWidths = Field(default=LearnedWidths(), description="widths learned in place of searched ones")
     embedding: Count | None = Field(
         default=None,
         description="channels of the residual stream that stay, before anything is searched; lossy, since every norm "

@@ -1,0 +1,243 @@
+"""Widths that a method learns while it trains, in place of their search: the training, and the plan that lands.
+
+The training aims at the budget as the latency table predicts it. Then the plan is taken from what was learned, built
+and measured; where it takes too long, a tighter one is taken from the same training, since latency does not depend on
+the values of weights. Tokens are not reduced beside it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from vitprune.errors import InputError
+
+from . import several
+from .bench import Bench, load_vit, save_vit, save_weights, write_json
+from .sizes import multiples_of_units, sizes
+from .training import LR, batches
+
+if TYPE_CHECKING:
+    from vitprune.learn import Learned, Trained
+    from vitprune.model.vit import Vit
+    from vitprune.plan import Plan
+    from vitprune.search.counts import Counts
+    from vitprune.search.landing import Row
+    from vitprune.search.latency import LatencyTable
+    from vitprune.structure.base import Budget, Multiples, StructureMethod
+
+LEARNING = "learning.json"  # the held-out losses on the way; null where nothing is learned
+STATE = "method.safetensors"
+TIGHTER = 0.995  # than the measured excess asks for, so that the next plan is not over by noise
+
+
+def settings(bench: Bench) -> dict[str, Any]:
+    """What the stage ``learn`` depends on besides earlier stages; nothing where nothing is learned."""
+    profile = bench.profile
+    if profile.prune.learned.method is None:
+        return {}
+    return {
+        "learned": profile.prune.learned.model_dump(mode="json"),
+        "budget": profile.budget.model_dump(mode="json"),
+        "batches": [profile.recover.batch, profile.recover.augment],
+        "multiples": list(multiples(bench)),
+        "seed": profile.seed,
+    }
+
+
+def learn(bench: Bench, folder: Path) -> None:
+    """Train the dense model with the method, and write it and all that the method knows."""
+    from vitprune.recover import RecoverSettings, recover
+
+    wanted = bench.profile.prune.learned
+    if wanted.method is None:
+        write_json(folder / LEARNING, None)
+        return
+    student, method = _method(bench)
+    recipe = method.recipe if wanted.recipe == "published" else None
+    lr = wanted.lr or (recipe.lr if recipe else LR)
+    found = recover(
+        student,
+        bench.dense,
+        lambda epoch: batches(bench, epoch),
+        bench.calibration,
+        RecoverSettings(wanted.max_steps, wanted.max_seconds, lr, seed=bench.profile.seed, recipe=recipe),
+        progress=bench.shows.progress,
+        checkpoint=bench.work / "learning.pt",
+        method=method,
+    )
+    save_vit(found.model, folder, "learned")
+    save_weights({name: value.detach().cpu() for name, value in method.state_dict().items()}, folder / STATE)
+    write_json(folder / LEARNING, [check._asdict() for check in found.checks])
+
+
+def search(bench: Bench, folder: Path) -> None:
+    """Take plans from what was learned until one is measured to be within the budget, and write it as a search does."""
+    table, trained = _table(bench), _trained(bench)
+    rows, found = _land(bench, trained, table, folder)
+    budget_ms, dense_ms = several.budget_ms(bench, rows[0].measured.ms), rows[0].measured.ms
+    chosen = rows[-1]
+    if chosen.measured.ms <= budget_ms:
+        status, reason = "under", f"learned by {bench.profile.prune.learned.method}"
+        reason += (
+            ", and measured" if bench.profile.search.landings else "; predicted by the latency table, not measured"
+        )
+    else:
+        status, reason = "over", "no plan that was taken from what was learned is measured to be within the budget"
+    save_vit(found.model, folder, "learned")
+    (folder / "plan.yaml").write_text(yaml.safe_dump(found.plan.to_dict(), default_flow_style=None, sort_keys=False))
+    write_json(folder / "frontier.json", _rows([chosen.point]))
+    account = {
+        "method": None,
+        "methods": {"none": found.checks[-1].loss},
+        "status": status,
+        "reason": reason,
+        "budget_ms": budget_ms,
+        "dense_ms": dense_ms,
+        "dense_predicted_ms": rows[0].point.predicted_ms,
+        "chosen": chosen.to_dict(),
+        "measured": [row.to_dict() for row in rows] if bench.profile.search.landings else [],
+        "evaluations": [],
+        "rank_correlation": None,
+        "held_out_loss": found.checks[-1].loss,
+        "table": table.to_dict(),
+    }
+    write_json(folder / "search.json", account)
+
+
+def slim_model(bench: Bench, plan: Plan) -> Vit:
+    """What ``plan`` leaves of the model that was learned with it."""
+    from vitprune.surgery import prune
+
+    return prune(load_vit(bench.folders["search"], "learned"), plan)
+
+
+def multiples(bench: Bench) -> Multiples:
+    """Of kept counts: those of the sizes that the latency table has times of."""
+    from vitprune.structure.base import Multiples
+
+    profile, block = bench.profile, bench.dense.config.blocks[0]
+    mlp, head_dim = multiples_of_units(profile, block.mlp, block.v_dim)
+    return Multiples(profile.head_multiple, mlp, head_dim, profile.prune.head_dims.minimum)
+
+
+def _method(bench: Bench) -> tuple[Vit, StructureMethod]:
+    """A copy of the dense model, and the method that is to train it within the budget."""
+    from vitprune.learn import untrained
+    from vitprune.recover import RecoverSettings
+
+    wanted = bench.profile.prune.learned
+    assert wanted.method is not None  # else nothing is learned
+    steps = RecoverSettings(wanted.max_steps)
+    return untrained(wanted.method, bench.dense, _budget(bench, _table(bench)), multiples(bench), steps)
+
+
+def _budget(bench: Bench, table: LatencyTable) -> Budget:
+    from vitprune.budgets import latency_budget
+
+    predicted_ms = table.predict_ms(_dense_counts(bench))
+    wanted_ms = min(several.budget_ms(bench, predicted_ms), predicted_ms)
+    return latency_budget(bench.dense.config, table, wanted_ms, last_for_prefix=_prefix_only(bench))
+
+
+def _trained(bench: Bench) -> Trained:
+    """What the stage ``learn`` left."""
+    from safetensors.torch import load_file
+
+    from vitprune.learn import Trained
+    from vitprune.recover import Check
+
+    folder = bench.folders["learn"]
+    _, method = _method(bench)
+    method.load_state_dict(load_file(folder / STATE))
+    checks = tuple(Check(**row) for row in bench.json("learn", LEARNING))
+    return Trained(load_vit(folder, "learned"), method, checks)
+
+
+def _land(bench: Bench, trained: Trained, table: LatencyTable, folder: Path) -> tuple[list[Row], Learned]:
+    """The dense model's row and one for each plan that was taken, and the last plan: the first within the budget."""
+    from vitprune.search.landing import Measured, Row
+
+    from .choose import measure_counts
+
+    rounds, share, rows = bench.profile.search.landings, trained.method.budget.share, []
+    for number in range(1, max(1, rounds) + 1):
+        try:
+            found = trained.within(share)
+        except InputError:
+            if rows:  # nothing tighter can be taken: the last one is the fastest
+                break
+            raise
+        if _prefix_only(bench):
+            *before, last = found.plan.blocks
+            found = found._replace(plan=replace(found.plan, blocks=(*before, replace(last, patches=0))))
+        plans = [_dense_counts(bench), _counts(found.plan, trained.model)]
+        points = [_point(counts, table, found.checks[-1].loss * bool(place)) for place, counts in enumerate(plans)]
+        if rounds:
+            times = measure_counts(bench, plans, None, folder / "candidates")
+        else:
+            times = [Measured(*(point.predicted_ms,) * 3) for point in points]
+        pair = [Row(number, point, ms) for point, ms in zip(points, times, strict=True)]
+        rows += pair if not rows else pair[1:]
+        over = times[1].ms / several.budget_ms(bench, times[0].ms)
+        if over <= 1:
+            break
+        share *= TIGHTER / over
+    shutil.rmtree(folder / "candidates", ignore_errors=True)
+    return rows, found
+
+
+def _point(counts: Counts, table: LatencyTable, loss: float) -> Any:
+    from vitprune.search.frontier import Point
+
+    ms = table.predict_ms(counts)
+    return Point(ms, ms, loss, counts, None)
+
+
+def _rows(points: list[Any]) -> list[dict[str, Any]]:
+    from vitprune.search.frontier import to_rows
+
+    return to_rows(points)
+
+
+def _table(bench: Bench) -> LatencyTable:
+    from vitprune.search.latency import LatencyTable
+
+    return LatencyTable.from_dict(bench.json("measure", "latency_table.json"))
+
+
+def _dense_counts(bench: Bench) -> Counts:
+    from vitprune.search.counts import Counts
+
+    blocks = bench.dense.config.blocks
+    return Counts.dense([b.heads for b in blocks], [b.mlp for b in blocks], bench.dense.config.patches)
+
+
+def _counts(plan: Plan, model: Vit) -> Counts:
+    """What ``plan`` keeps of ``model``; dims of heads where some of them go."""
+    from vitprune.search.counts import Counts
+
+    heads, mlp = ([len(getattr(block, name)) for block in plan.blocks] for name in ("heads", "mlp"))
+    patches = plan.patches_after()
+    if not any(block.qk or block.v for block in plan.blocks):
+        return Counts(tuple(heads), tuple(mlp), tuple(patches))
+    dims = [
+        tuple(
+            (len(kept[0]) if (kept := getattr(block, name)) else size) if block.heads else 0
+            for block, size in zip(plan.blocks, whole, strict=True)
+        )
+        for name, whole in (
+            ("qk", [b.qk_dim for b in model.config.blocks]),
+            ("v", [b.v_dim for b in model.config.blocks]),
+        )
+    ]
+    return Counts(tuple(heads), tuple(mlp), tuple(patches), *dims)
+
+
+def _prefix_only(bench: Bench) -> bool:
+    """Whether the last block is to be computed for the prefix tokens alone."""
+    return 0 in sizes(bench).patches
