@@ -78,7 +78,9 @@ def sparsify(
     begin = zeros(chosen)
     for step in range(steps):
         target = geometric(begin, max(begin, sparsity), (step + 1) / steps)
-        views = _views(sparse, chosen, method, images, labels, seed + step, progress)
+        some = method.images_of(step, 0 if images is None else len(images))
+        seen, known = (None if part is None else part[some] for part in (images, labels))
+        views = _views(sparse, chosen, method, seen, known, seed + step, progress)
         _apply(chosen, method, views, pattern, target)
     return Sparse(sparse, {name: layer.weight.detach() != 0 for name, layer in chosen.items()})
 

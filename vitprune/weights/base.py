@@ -175,6 +175,10 @@ class WeightMethod(ABC):
             InputError: the statistics are missing, singular or no numbers; the message names the layer.
         """
 
+    def images_of(self, step: int, count: int) -> slice:
+        """Which of ``count`` images are looked at in a ``step`` of several."""
+        return slice(0, count)
+
 
 @dataclass(frozen=True)
 class Scoring(WeightMethod):
@@ -190,7 +194,7 @@ class Scoring(WeightMethod):
     def scores(self, layer: LayerView, pattern: Pattern) -> Tensor:
         """What the loss of each group is worth, [out, in / group] in fp64; the least goes first."""
 
-    def weights(self, layer: LayerView, mask: Tensor) -> Tensor:
+    def weights(self, layer: LayerView, mask: Tensor, pattern: Pattern) -> Tensor:
         """The weight of ``layer`` where ``mask`` is True, changed to make up for the rest if the method does that."""
         return layer.weight * mask
 
@@ -198,11 +202,11 @@ class Scoring(WeightMethod):
         if self.scope == "uniform" or pattern.of:
             for layer in layers:
                 mask = masked(self._scores(layer, pattern), pattern, sparsity)
-                yield self._pruned(layer, mask & layer.alive)
+                yield self._pruned(layer, mask & layer.alive, pattern)
             return
         masks = compete({layer.name: self._scores(layer, pattern) for layer in layers}, pattern, sparsity)
         for layer in layers:
-            yield self._pruned(layer, masks[layer.name] & layer.alive)
+            yield self._pruned(layer, masks[layer.name] & layer.alive, pattern)
 
     def _scores(self, layer: LayerView, pattern: Pattern) -> Tensor:
         """The scores, checked; groups that have been removed go first."""
@@ -210,8 +214,8 @@ class Scoring(WeightMethod):
         alive = layer.alive.unflatten(1, (-1, pattern.group)).any(-1)
         return torch.where(alive, found, -math.inf)
 
-    def _pruned(self, layer: LayerView, mask: Tensor) -> Pruned:
-        weight = finite(self.weights(layer, mask), layer.name)
+    def _pruned(self, layer: LayerView, mask: Tensor, pattern: Pattern) -> Pruned:
+        weight = finite(self.weights(layer, mask, pattern), layer.name)
         return Pruned(layer.name, mask, torch.where(mask, weight, 0).to(layer.weight))
 
 
