@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .errors import InputError
@@ -18,11 +18,13 @@ class BlockPlan:
         mlp: indices of the kept MLP hidden units in the original block, ascending; empty removes the MLP.
         patches: patch tokens that leave the block, at the plan's ``patches``; None leaves their number as it is; 0, in
             the last block only: it is computed for the prefix tokens alone, since nothing reads another.
+        weights: the pattern of zeros in the weights of a layer, by its name in the block: (('mlp.fc1', '2:4'), ...).
     """
 
     heads: tuple[int, ...]
     mlp: tuple[int, ...]
     patches: int | None = None
+    weights: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("heads", "mlp"):
@@ -69,6 +71,23 @@ class Plan:
         blocks = (BlockPlan(tuple(range(h)), tuple(range(m))) for h, m in zip(heads, mlp, strict=True))
         return cls(model_sha256, patches, None, tuple(blocks))
 
+    def with_zeros(self, pattern: str, layers: Callable[[str], bool]) -> Plan:
+        """This plan, with ``pattern`` in the weights of those of its layers that ``layers`` says yes to.
+
+        ``layers`` is told their names in the model, as 'blocks.3.mlp.fc1'; layers that the plan removes have none.
+        """
+        halves = {"heads": ("attn.qkv", "attn.proj"), "mlp": ("mlp.fc1", "mlp.fc2")}
+        blocks = []
+        for number, block in enumerate(self.blocks):
+            there = (name for half, names in halves.items() if getattr(block, half) for name in names)
+            chosen = [(name, pattern) for name in there if layers(f"blocks.{number}.{name}")]
+            blocks.append(replace(block, weights=tuple(chosen)))
+        return replace(self, blocks=tuple(blocks))
+
+    def patterns(self) -> dict[str, str]:
+        """The pattern of zeros of each layer that has one, by the layer's name in the model."""
+        return {f"blocks.{n}.{name}": pattern for n, b in enumerate(self.blocks) for name, pattern in b.weights}
+
     def patches_after(self) -> list[int]:
         """Patch tokens that leave each block."""
         counts, left = [], self.patches
@@ -99,6 +118,7 @@ class Plan:
                     heads=tuple(first.heads[i] for i in second.heads),
                     mlp=tuple(first.mlp[i] for i in second.mlp),
                     patches=min(counts) if counts and (second.heads or min(counts) == 0) else None,
+                    weights=tuple((dict(first.weights) | dict(second.weights)).items()),
                 )
             )
         return Plan(self.model_sha256, self.patches, self.reducer or later.reducer, tuple(blocks))
@@ -107,7 +127,9 @@ class Plan:
         """Plain lists, numbers and strings, for YAML or JSON."""
         plain = asdict(self)
         plain["blocks"] = [
-            {"heads": list(b.heads), "mlp": list(b.mlp)} | ({} if b.patches is None else {"patches": b.patches})
+            {"heads": list(b.heads), "mlp": list(b.mlp)}
+            | ({} if b.patches is None else {"patches": b.patches})
+            | ({"weights": dict(b.weights)} if b.weights else {})
             for b in self.blocks
         ]
         return plain
@@ -120,7 +142,12 @@ class Plan:
             InputError: a key is missing or has another type.
         """
         try:
-            blocks = tuple(BlockPlan(tuple(b["heads"]), tuple(b["mlp"]), b.get("patches")) for b in plain["blocks"])
+            blocks = tuple(
+                BlockPlan(
+                    tuple(b["heads"]), tuple(b["mlp"]), b.get("patches"), tuple(dict(b.get("weights", {})).items())
+                )
+                for b in plain["blocks"]
+            )
             return cls(str(plain["model_sha256"]), int(plain["patches"]), plain["reducer"], blocks)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"this is not a plan: {type(error).__name__} {error}") from error

@@ -13,7 +13,7 @@ import yaml
 
 from ..files import canonical_sha256, sha256_file
 from ..remote.watch import watched
-from . import runtimes, several
+from . import runtimes, several, sparse
 from .bench import RANKINGS, Bench, write_json
 from .contest import Contest, Entry, losses_file, target
 from .make import served_opset, served_sizes
@@ -148,6 +148,9 @@ def search_settings(bench: Bench) -> dict[str, Any]:
         "measure": profile.measure.model_dump(mode="json"),
         "token_blocks": profile.prune.tokens.blocks,
         "schedule": bench.schedule(),
+        "weights": profile.prune.weights.model_dump(mode="json", include={"pattern", "where"})
+        if profile.prune.weights.enabled
+        else None,
         "seed": profile.seed,
         "others": [sha256_file(one.folders["measure"] / "latency_table.json") for one in bench.others],
         "plan": sha256_file(bench.lead.folders["search"] / "plan.yaml") if bench.lead else None,
@@ -164,6 +167,7 @@ def search(bench: Bench, folder: Path) -> None:
     methods: list[TokenMethod | None] = [*bench.token_methods()] or [None]
     contest = [Entry(bench, method).search() for method in methods]
     best = min(contest, key=lambda one: one.held_out_loss)
+    kernels = sparse.search_kernels(bench, folder)
     landed = _land(bench, best, folder)
     method, counts = best.method.name if best.method else None, landed.chosen.point.counts
     plan = best.rankings.plan(
@@ -174,9 +178,10 @@ def search(bench: Bench, folder: Path) -> None:
         patches=bench.dense.config.patches,
         reducer=method,
     )
+    plan = sparse.with_zeros(plan, bench.profile)
     (folder / "plan.yaml").write_text(yaml.safe_dump(plan.to_dict(), default_flow_style=None, sort_keys=False))
     write_json(folder / "frontier.json", frontier(best.problem.on(landed.table)))
-    write_json(folder / "search.json", _account(contest, best, landed))
+    write_json(folder / "search.json", _account(contest, best, landed) | {"sparse": kernels})
 
 
 def frontier(problem: Problem) -> list[dict[str, Any]]:
@@ -222,11 +227,15 @@ def measure_counts(bench: Bench, plans: list[Counts], method: TokenMethod | None
 
     profile, paths = bench.profile, {}
     folder.mkdir(parents=True, exist_ok=True)
+    kernels, dense = sparse.search_kernels(bench, folder), dense_counts(bench)
     for number, counts in enumerate(plans):
         name = f"plan-{canonical_sha256(counts.to_dict())[:12]}"
         bench.shows.progress(number, 2 * len(plans), "export candidates")
+        model = slim(bench.dense, counts, method)
+        if kernels and kernels["used"] and counts != dense:  # the budget's measure has no zeros
+            model = sparse.stand_in(model, profile)
         paths[name] = export_whole(
-            slim(bench.dense, counts, method),
+            model,
             folder / f"{name}.onnx",
             **served_sizes(profile, bench.dense.config.image_size),
             precision=profile.graph_precision,
@@ -245,6 +254,14 @@ def measure_counts(bench: Bench, plans: list[Counts], method: TokenMethod | None
         progress=lambda done, total, what: bench.shows.progress(total + done, 2 * total, f"time {what}"),
     )
     return [Measured(one.value_ms, one.low_ms, one.high_ms) for one in found]
+
+
+def dense_counts(bench: Bench) -> Counts:
+    """What the unpruned model has."""
+    from vitprune.search.counts import Counts
+
+    blocks = bench.dense.config.blocks
+    return Counts.dense([b.heads for b in blocks], [b.mlp for b in blocks], bench.dense.config.patches)
 
 
 def _follow(bench: Bench, lead: Bench, folder: Path) -> None:
@@ -276,6 +293,7 @@ def _follow(bench: Bench, lead: Bench, folder: Path) -> None:
         "chosen": {**found["chosen"], **row},
         "measured": [{**found["chosen"], **row}] if bench.profile.search.landings else [],
         "table": problem.table.to_dict(),
+        "sparse": sparse.search_kernels(bench, folder),
     }
     write_json(folder / "search.json", {**found, **here})
 

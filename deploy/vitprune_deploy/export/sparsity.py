@@ -8,7 +8,7 @@ narrowing it, putting QuantizeLinear and DequantizeLinear around it.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,13 +96,6 @@ def owner(node: str) -> str:
     if len(parts) == 2 and parts[0] == "blocks":
         return f"{module}.attn.qkv"
     return f"{module}.qkv" if parts[-1] == "attn" else module
-
-
-def zeros(weights: Mapping[str, Any]) -> tuple[int, int]:
-    """How many of the numbers in ``weights``, arrays or tensors by name, are zero, and how many there are."""
-    return sum(int((value == 0).sum()) for value in weights.values()), sum(
-        int(np.prod(value.shape)) for value in weights.values()
-    )
 
 
 def compressed_bytes(paths: Iterable[Path]) -> int:
@@ -195,7 +188,7 @@ def _less_zero_point(
 
 
 # operations through which constants are followed; a zero stays one in each
-_KEEPS = {
+_KEEPS: dict[str, Callable[..., Any]] = {
     "Identity": _same,
     "Cast": _same,
     "QuantizeLinear": _same,

@@ -346,6 +346,31 @@ def _schedule_has_one_method(p: Any) -> Iterator[Problem]:
 
 
 @_rule
+def _weights_have_a_share(p: Any) -> Iterator[Problem]:
+    weights = p.prune.weights
+    if weights.method == "none":
+        for key in ("sparsity", "schedule"):
+            if getattr(weights, key) not in (None, "one-shot"):
+                yield f"prune.weights.{key}", "belongs to a method, and prune.weights.method is none"
+    elif weights.pattern == "2:4":
+        if weights.sparsity not in (None, 0.5):
+            yield "prune.weights.sparsity", f"must be 0.5 for the pattern 2:4, got {weights.sparsity}; leave it out"
+    elif weights.sparsity is None:
+        yield "prune.weights.sparsity", f"is needed for the pattern {weights.pattern}, such as 0.75"
+
+
+@_rule
+def _gradual_zeros_come_in_training(p: Any) -> Iterator[Problem]:
+    weights = p.prune.weights
+    if weights.method == "none" or weights.schedule != "gradual":
+        return
+    if not p.recover.enabled:
+        yield "prune.weights.schedule", "gradual happens in recovery, and recover.enabled is false; use one-shot"
+    if weights.pattern == "2:4":
+        yield "prune.weights.schedule", "gradual has no steps on the way to the pattern 2:4; use one-shot"
+
+
+@_rule
 def _something_may_be_pruned(p: Any) -> Iterator[Problem]:
     prune = p.prune
     if prune.tokens.method == "none" and not (prune.heads.enabled or prune.mlp.enabled or prune.depth.enabled):

@@ -61,6 +61,7 @@ ComputeCapability = Annotated[
 VersionRange = Annotated[str, one_shape(rf"{_VERSION}(, ?{_VERSION})*", "versions such as '>=10.3,<10.4'")]
 TokenMethod = Annotated[str, _part("vitprune.tokens", "auto", "none")]
 OneTokenMethod = Annotated[str, _part("vitprune.tokens")]
+WeightMethod = Annotated[str, _part("vitprune.weights", "none")]
 Criterion = Annotated[str, _part("vitprune.criteria")]
 # one file serves both: TensorRT-RTX is TensorRT under another package name
 RuntimeName = Annotated[str, _part("vitprune_deploy.backends", "tensorrt-rtx")]
