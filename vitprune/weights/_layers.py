@@ -237,8 +237,7 @@ def slope_of_loss(output: Tensor, classes: int, labels: Tensor | None, generator
 class Curvatures:
     """The layers with the diagonal of the Hessian, estimated by Hutchinson's v * H v with random signs v.
 
-    Without ``labels`` the loss is KL(dense || changed), whose Hessian is the Fisher information; a new v is drawn
-    ``probes`` times for each batch of images.
+    Without ``labels`` the loss is KL(dense || changed), whose Hessian is the Fisher information.
     """
 
     def __init__(
@@ -252,7 +251,8 @@ class Curvatures:
             yield view(name, layer, curvature=self.found[name])
 
 
-PROBES = 8  # random signs for each batch of images
+PROBES = 16  # random signs for each of the batches
+PROBED = 8  # images at a time: their signs' chances average out over all images
 
 
 def hessian_diagonal(
@@ -274,7 +274,7 @@ def hessian_diagonal(
     for weight in weights:
         weight.requires_grad_()
     try:
-        for batch in batches(model, images):
+        for batch in images.to(weights[0].device).split(PROBED):
             known = None if labels is None else labels[done : done + len(batch)]
             for total, part in zip(sums, _probed(model, weights, batch, known, probes, generator), strict=True):
                 total += part

@@ -18,7 +18,7 @@ from .base import Pattern
 
 Merge = Literal["hull", "cumulative"]
 
-SMALL_BYTES = 1 << 20  # of the inverses that are swept together: they stay in a core's cache
+SMALL_BYTES = 1 << 22  # of the inverses that are swept together: they stay in a core's cache
 TIE = 1e-12  # relative: later steps of equal slope go later
 
 
@@ -128,7 +128,7 @@ def step_scores(trace: Trace, groups: int, merge: Merge, pattern: Pattern) -> Te
         last = float(trace.order.shape[1])
     else:
         keys = hull_slopes(trace.costs) if merge == "hull" else trace.costs.cumsum(1)
-        steps = torch.arange(keys.shape[1], device=keys.device)
+        steps = torch.arange(keys.shape[1], device=keys.device).to(keys)
         keys = keys.cummax(1).values * (1 + TIE * steps)
         last = float(keys.max()) * 2 + 1
     scores = keys.new_full((len(keys), groups + 1), last)

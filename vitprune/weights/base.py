@@ -110,7 +110,7 @@ class LayerView:
         weight: [out, in].
         alive: [out, in], True where a weight may stay; the others have been removed before and are 0.
         moments: [in, in] mean of x x^T over what it read, fp64; for methods that need it.
-        reads: its inputs and slopes; for methods that need gradients.
+        reads: inputs and slopes of all its rows, each row in one of them; for methods that need gradients.
         curvature: [out, in] diagonal of the Hessian of the loss; for methods that need it.
     """
 
@@ -126,18 +126,17 @@ class LayerView:
 
         ``batch``: each is the mean over so many images; images that fill no batch are left out.
         """
-        total = self.weight.new_zeros(0)
-        for read in self.reads:
+        parts: list[Tensor] = []
+        for read in sorted(self.reads, key=lambda read: read.rows.start):
             first, last = max(rows.start, read.rows.start), min(rows.stop, read.rows.stop)
-            if first >= last:
-                continue
-            m = len(read.inputs) // batch
-            x, dy = (part[: m * batch].unflatten(0, (m, batch)).flatten(1, 2) for part in (read.inputs, read.slopes))
-            if not total.numel():
-                total = x.new_zeros(m, rows.stop - rows.start, x.shape[-1])
-            mine = dy[..., first - read.rows.start : last - read.rows.start]
-            total[:, first - rows.start : last - rows.start] += torch.bmm(mine.transpose(1, 2), x) / batch
-        return total * self.alive[rows]
+            if first < last:
+                m = len(read.inputs) // batch
+                x, dy = (part[: m * batch].unflatten(0, (m, batch)).flatten(1, 2) for part in read[1:])
+                mine = dy[..., first - read.rows.start : last - read.rows.start]
+                parts.append(torch.bmm(mine.transpose(1, 2), x).div_(batch))
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        alive = self.alive[rows]
+        return whole if bool(alive.all()) else whole.mul_(alive)
 
 
 Layers = Iterable[LayerView]  # as often as asked, each time the same
