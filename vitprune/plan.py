@@ -118,7 +118,11 @@ class Plan:
                     heads=tuple(first.heads[i] for i in second.heads),
                     mlp=tuple(first.mlp[i] for i in second.mlp),
                     patches=min(counts) if counts and (second.heads or min(counts) == 0) else None,
-                    weights=tuple((dict(first.weights) | dict(second.weights)).items()),
+                    weights=tuple(
+                        (layer, pattern)
+                        for layer, pattern in (dict(first.weights) | dict(second.weights)).items()
+                        if (second.heads if layer.startswith("attn.") else second.mlp)
+                    ),
                 )
             )
         return Plan(self.model_sha256, self.patches, self.reducer or later.reducer, tuple(blocks))

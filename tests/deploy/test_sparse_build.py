@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +19,8 @@ from vitprune_deploy.backends.tensorrt import build_engine
 from vitprune_deploy.build import choose, make, runtimes, sparse, training
 from vitprune_deploy.build.bench import Bench, load_vit, save_vit, write_json
 from vitprune_deploy.data import Preprocess
+from vitprune_deploy.export.onnx import export_onnx
+from vitprune_deploy.export.sparsity import products
 from vitprune_deploy.latency import wholes
 from vitprune_deploy.profile import load_profile
 
@@ -28,7 +29,6 @@ model: {name: vit_tiny_patch16_224, pretrained: false}
 data: {source: images}
 budget: {speedup: 2}
 accuracy: {min_agreement: 90}
-input: {batch: {min: 1, opt: 2, max: 4}}
 search: {probe_images: 8, holdout_images: 8}
 recover: {max_steps: 6, batch: 8, lr: 1.0e-3}
 """
@@ -90,7 +90,9 @@ def share_of_zeros(model):
 
 def test_2_4_with_fewer_tokens_heads_and_units_in_one_plan_through_recovery_export_and_an_rtx_engine(bench, tmp_path):
     pytest.importorskip("tensorrt_rtx")
-    made = bench("prune.weights.method=sparsegpt", "runtime.name=tensorrt-rtx", "runtime.precision=fp16")
+    made = bench(
+        "prune.weights.method=sparsegpt", "runtime.name=tensorrt-rtx", "runtime.precision=fp16", "input.batch=2"
+    )
     assert made.plan.patterns() == dict.fromkeys(MLP, "2:4")
     stage(made, "weights", sparse.prune_weights)
     before = load_vit(made.folders["weights"], "slim")
@@ -110,7 +112,7 @@ def test_2_4_with_fewer_tokens_heads_and_units_in_one_plan_through_recovery_expo
 
 
 def test_an_exported_file_without_the_pattern_stops_the_build(bench):
-    made = bench("prune.weights.method=magnitude", "recover.enabled=false")
+    made = bench("prune.weights.method=magnitude", "recover.enabled=false", "input.batch=1")
     save_vit(make.slim_model(made)[0], made.work, "model")  # as if the zeros were lost on the way
     made.folders["recover"] = made.work
     with pytest.raises(NotSupported, match=r"model\.onnx: blocks\.0\.mlp\.fc1 was to be 2:4, and in \d+ of 384 groups"):
@@ -129,10 +131,18 @@ def test_zeros_of_any_pattern_come_before_recovery_or_grow_in_it(bench):
     assert "bring no speed by themselves, in ONNX Runtime or TensorRT" in made.said[0]
 
 
-def test_the_account_counts_zeros_and_compresses_the_file(bench):
-    made = bench("prune.weights={method: magnitude, pattern: unstructured, sparsity: 0.9}", "recover.enabled=false")
-    for name, work in (("weights", sparse.prune_weights), ("recover", make.recover_accuracy), ("export", make.export)):
+def shipped(made):
+    """Everything up to the exported file, without the comparisons that stages make."""
+    for name, work in (("weights", sparse.prune_weights), ("recover", make.recover_accuracy)):
         stage(made, name, work)
+    export_onnx(made.pruned, made.folders["export"] / "model.onnx", batch=1)
+    return made
+
+
+def test_the_account_counts_zeros_and_compresses_the_file(bench):
+    made = shipped(
+        bench("prune.weights={method: magnitude, pattern: unstructured, sparsity: 0.9}", "recover.enabled=false")
+    )
     found = sparse.account(made)
     assert found["zeros"] / found["weights"] == pytest.approx(0.9, abs=0.01)
     assert found["weights"] == sum(dict(made.pruned.named_modules())[name].weight.numel() for name in MLP)
@@ -156,38 +166,51 @@ def test_a_build_without_zeros_says_nothing_of_them(bench):
 ELIGIBLE = "(Sparsity) Found 4 layer(s) eligible to use sparse tactics"
 
 
-@pytest.mark.parametrize(
-    ("lines", "used", "why"),
-    [
-        ([ELIGIBLE, "(Sparsity) Chose 3 layer(s) using sparse tactics"],
-         True, "kernels that skip zeros were taken for 3 layers, so candidates are measured with them"),
-        ([ELIGIBLE, "(Sparsity) Chose 0 layer(s) using sparse tactics"],
-         False, "counts on no gain by 2:4: TensorRT took kernels that skip zeros for none of 4 eligible layers"),
-        ([], False, "counts on no gain by 2:4: neither TensorRT's log nor an engine's inspector says"),
-    ],
-)  # fmt: skip
-def test_a_search_counts_on_2_4_only_where_such_kernels_were_seen(bench, tmp_path, monkeypatch, lines, used, why):
-    """Which kernels a builder takes needs a GPU: its words are a double's, the candidates' files are real."""
-    made, built, measured = bench("prune.weights.method=magnitude", "runtime.name=tensorrt"), [], {}
-    device = SimpleNamespace(build=lambda onnx, plan, options: built.append(options) or {"sparse": said_by(lines)})
+def a_builder(monkeypatch, *lines):
+    """What a build with TensorRT says needs a GPU: a double's words; requests to it are kept."""
+    asked = []
+    device = SimpleNamespace(build=lambda onnx, plan, options: asked.append(options) or {"sparse": said_by(lines)})
     monkeypatch.setattr(runtimes, "on", lambda profile: device)
+    return asked
+
+
+def test_a_search_measures_candidates_with_2_4_where_such_kernels_were_seen(bench, tmp_path, monkeypatch):
+    made, measured = bench("prune.weights.method=magnitude", "runtime.name=tensorrt", "input.batch=1"), []
+    asked = a_builder(monkeypatch, ELIGIBLE, "(Sparsity) Chose 3 layer(s) using sparse tactics")
 
     def measuring(paths, *args, **more):
-        from vitprune_deploy.export.sparsity import products
-
-        for name, path in paths.items():
+        for path in paths.values():
             shares = {layer.node.partition("/")[0]: layer.zeros for layer in products(path)}
-            measured[name] = {shares[layer] for layer in MLP}
+            measured.append({shares[layer] for layer in MLP})
         return [SimpleNamespace(value_ms=1.0, low_ms=1.0, high_ms=1.0) for _ in paths]
 
     monkeypatch.setattr(wholes, "measure_models", measuring)
     dense, fewer = choose.dense_counts(made), Counts((4, 4), (32, 32), (49, 49))
     choose.measure_counts(made, [dense, fewer], None, tmp_path / "candidates")
-    assert list(measured.values()) == [{0.0}, {0.5} if used else {0.0}]  # the unpruned model never has zeros
+    assert measured == [{0.0}, {0.5}]  # the unpruned model, which speed-ups are against, has no zeros
     found = sparse.search_kernels(made, tmp_path)
-    assert (found["used"], why in found["why"], len(built)) == (used, True, 1)  # looked up once
-    assert (built[0].sparse, built[0].module) == (True, "tensorrt")
-    assert made.said == [found["why"]]
+    assert found["why"] == "kernels that skip zeros were taken for 3 layers, so candidates are measured with them"
+    assert (found["used"], made.said) == (True, [found["why"]])
+    assert [(one.sparse, one.module) for one in asked] == [(True, "tensorrt")]  # looked up once
+
+
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [
+        ([ELIGIBLE, "(Sparsity) Chose 0 layer(s) using sparse tactics"],
+         "TensorRT took kernels that skip zeros for none of 4 eligible layers, since dense ones were faster"),
+        ([], "neither TensorRT's log nor an engine's inspector says which kernels it took"),
+    ],
+)  # fmt: skip
+def test_a_search_counts_on_nothing_where_no_such_kernel_was_seen(bench, tmp_path, monkeypatch, lines, why):
+    made = bench("prune.weights.method=magnitude", "runtime.name=tensorrt", "input.batch=1")
+    a_builder(monkeypatch, *lines)
+    monkeypatch.setattr(wholes, "export_whole", lambda model, path, **more: path)  # the double reads no file
+    monkeypatch.setattr(runtimes, "fixed_options", lambda *of: None)
+    assert sparse.search_kernels(made, tmp_path) == {
+        "used": False,
+        "why": f"the search counts on no gain by 2:4: {why}",
+    }
 
 
 def test_a_runtime_without_such_kernels_and_a_search_without_candidates_count_on_nothing(bench, profile):
@@ -200,27 +223,25 @@ def test_a_runtime_without_such_kernels_and_a_search_without_candidates_count_on
     assert "search.landings is 0" in sparse.search_kernels(made, made.work)["why"]
 
 
-def test_the_report_says_what_the_engine_does_with_2_4(bench, monkeypatch, tmp_path):
+def test_the_report_says_what_the_engine_does_with_2_4(bench):
     made = bench("prune.weights.method=magnitude", "runtime.name=tensorrt", "recover.enabled=false")
-    for name, work in (("weights", sparse.prune_weights), ("recover", make.recover_accuracy), ("export", make.export)):
+    for name, work in (("weights", sparse.prune_weights), ("recover", make.recover_accuracy)):
         stage(made, name, work)
+    (made.folders["export"] / "model.onnx").write_bytes(bytes(1000))
     made.folders["engines"] = made.work
-    write_json(
-        made.work / "engines.json",
-        [{"model": "model", "runtime": "tensorrt", "precision": "fp32", "file": "m.plan", "status": "built"}],
-    )
-    for lines, note in (
-        (
-            ["(Sparsity) Chose 2 layer(s) using sparse tactics: a, b"],
-            "TensorRT skips zeros in 2 layers (seen in its log): a, b.",
-        ),
-        (
-            ["(Sparsity) Chose 0 layer(s) using sparse tactics"],
-            "2:4 is credited with no speed here: TensorRT took kernels",
-        ),
-    ):
-        (made.work / "m.json").write_text(json.dumps({"sparse": said_by(lines)}))
-        assert sparse.account(made)["notes"][1].startswith(note)
+    plan = {"model": "model", "runtime": "tensorrt", "precision": "fp32", "file": "m.plan", "status": "built"}
+    write_json(made.work / "engines.json", [plan])
+    chose = "(Sparsity) Chose {} layer(s) using sparse tactics{}"
+    said = {
+        chose.format(2, ": a, b"): "TensorRT skips zeros in 2 layers (seen in its log): a, b.",
+        chose.format(
+            0, ""
+        ): "2:4 is credited with no speed here: TensorRT took kernels that skip zeros for none, since "
+        "dense ones were faster.",
+    }
+    for line, note in said.items():
+        write_json(made.work / "m.json", {"sparse": said_by([line])})
+        assert sparse.account(made)["notes"][1] == note
 
 
 # ---- the profile --------------------------------------------------------------------------------------------------

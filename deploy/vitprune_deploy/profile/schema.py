@@ -30,9 +30,7 @@ from .kinds import (
     one_shape,
 )
 
-SPARSE_MULTIPLE = (
-    16  # inputs of layers that kernels for 2:4 take, https://github.com/NVIDIA/apex/tree/master/apex/contrib/sparsity
-)
+SPARSE_MULTIPLE = 16  # inputs of a layer, below which NVIDIA's apex (contrib/sparsity) leaves 2:4 alone
 
 
 class Section(BaseModel):
