@@ -190,7 +190,7 @@ def test_a_search_measures_candidates_with_2_4_where_such_kernels_were_seen(benc
     assert measured == [{0.0}, {0.5}]  # the unpruned model, which speed-ups are against, has no zeros
     found = sparse.search_kernels(made, tmp_path)
     assert found["why"] == "kernels that skip zeros were taken for 3 layers, so candidates are measured with them"
-    assert (found["used"], made.said) == (True, [found["why"]])
+    assert (found["used"], made.said) == (True, [f"search: {found['why']}"])
     assert [(one.sparse, one.module) for one in asked] == [(True, "tensorrt")]  # looked up once
 
 
@@ -209,7 +209,7 @@ def test_a_search_counts_on_nothing_where_no_such_kernel_was_seen(bench, tmp_pat
     monkeypatch.setattr(runtimes, "fixed_options", lambda *of: None)
     assert sparse.search_kernels(made, tmp_path) == {
         "used": False,
-        "why": f"the search counts on no gain by 2:4: {why}",
+        "why": f"no gain by 2:4 is counted on: {why}",
     }
 
 
@@ -218,6 +218,8 @@ def test_a_runtime_without_such_kernels_and_a_search_without_candidates_count_on
     found = sparse.search_kernels(made, made.work)
     assert not found["used"]
     assert found["why"].startswith("onnxruntime has no kernels for the pattern 2:4")
+    provider = profile("prune.weights.method=magnitude", "runtime.provider=tensorrt")
+    assert "trt_sparsity_enable" in sparse.notes(provider)[0]
     made.profile = profile("prune.weights.method=magnitude", "runtime.name=tensorrt", "search.landings=0")
     made.sparse_kernels = None
     assert "search.landings is 0" in sparse.search_kernels(made, made.work)["why"]
@@ -231,6 +233,7 @@ def test_the_report_says_what_the_engine_does_with_2_4(bench):
     made.folders["engines"] = made.work
     plan = {"model": "model", "runtime": "tensorrt", "precision": "fp32", "file": "m.plan", "status": "built"}
     write_json(made.work / "engines.json", [plan])
+    write_json(made.folders["search"] / "search.json", {"sparse": {"used": False, "why": "nothing was counted on"}})
     chose = "(Sparsity) Chose {} layer(s) using sparse tactics{}"
     said = {
         chose.format(2, ": a, b"): "TensorRT skips zeros in 2 layers (seen in its log): a, b.",
@@ -241,7 +244,7 @@ def test_the_report_says_what_the_engine_does_with_2_4(bench):
     }
     for line, note in said.items():
         write_json(made.work / "m.json", {"sparse": said_by([line])})
-        assert sparse.account(made)["notes"][1] == note
+        assert sparse.account(made)["notes"][1:] == ["In the search, nothing was counted on.", note]
 
 
 # ---- the profile --------------------------------------------------------------------------------------------------

@@ -119,6 +119,11 @@ def notes(profile: Profile) -> list[str]:
             f"Zeros of the pattern {profile.prune.weights.pattern} bring no speed by themselves, in ONNX Runtime or "
             "TensorRT: the file that they leave is smaller when it is compressed."
         ]
+    if "tensorrt" in profile.runtime.provider.lower():
+        return [
+            "ONNX Runtime's TensorRT provider may use kernels for 2:4 with runtime.options {trt_sparsity_enable: true}, "
+            "and does not say whether it does."
+        ]
     if not runtimes.is_tensorrt(profile.runtime.name):
         return [
             f"{profile.runtime.name} has no kernels for the pattern 2:4, so it brings no speed there; TensorRT may "
@@ -141,13 +146,13 @@ def _looked_up(bench: Bench, folder: Path) -> dict[str, Any]:
     if not runtimes.is_tensorrt(bench.profile.runtime.name):
         return {"used": False, "why": notes(bench.profile)[0]}
     if not bench.profile.search.landings:
-        return {"used": False, "why": "search.landings is 0, so no candidate was built: the search counts on no gain"}
+        return {"used": False, "why": "search.landings is 0, so that nothing is built and no gain by 2:4 is counted on"}
     bench.shows.progress(0, 1, "look for kernels that skip zeros")
     found = _probe(bench, folder)
-    why = f"the search counts on no gain by 2:4: {_unused(found)}"
+    why = f"no gain by 2:4 is counted on: {_unused(found)}"
     if found["used"]:
         why = f"kernels that skip zeros were taken for {found['used']} layers, so candidates are measured with them"
-    bench.shows.say(why)
+    bench.shows.say(f"search: {why}")
     return {"used": bool(found["used"]), "why": why}
 
 
@@ -247,6 +252,8 @@ def _sentences(bench: Bench, found: Mapping[str, Any]) -> list[str]:
     kernels = found["kernels"]
     if kernels is None:
         return said + notes(bench.profile)
+    if found["search"]:
+        said.append(f"In the search, {found['search']['why']}.")
     if kernels["used"]:
         names = f": {', '.join(kernels['names'])}" if kernels["names"] else ""
         return [*said, f"TensorRT skips zeros in {kernels['used']} layers (seen in its {kernels['proof']}){names}."]
