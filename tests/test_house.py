@@ -27,7 +27,7 @@ FLOORS = [
         "vitprune.sparsify",
         "vitprune.surgery",
     ],
-    ["vitprune.recover", "vitprune.zeros"],
+    ["vitprune.recover"],
     ["vitprune.search"],
     ["vitprune_deploy", "vitprune_deploy.profile", "vitprune_deploy.artifact", "vitprune_deploy.data"],
     ["vitprune_deploy.backends"],

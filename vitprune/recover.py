@@ -27,7 +27,6 @@ from .model.vit import Vit, fingerprint
 from .objectives import Distillation, Objective, Outputs, Published, divergence
 from .surgery import METHOD_WEIGHT
 from .tokens.base import Recipe, Reducer
-from .zeros import Zeros
 
 
 class Batch(NamedTuple):
@@ -110,7 +109,6 @@ def recover(
     held_out: Tensor,
     settings: RecoverSettings = RecoverSettings(),
     *,
-    zeros: Zeros | None = None,
     progress: Progress | None = None,
     checkpoint: Path | None = None,
 ) -> Recovered:
@@ -119,14 +117,13 @@ def recover(
     Args:
         batches: training images; with several processes, each takes every so many-th batch.
         held_out: images that the training does not see, [M, C, H, W]: they choose among the checks.
-        zeros: weights of ``student`` that stay zero; where more are to come, a check with all of them is chosen.
         checkpoint: file that lets an interrupted training of the same models and settings go on; removed at the end.
 
     Raises:
         InputError: there are no training images, or the loss is no number (the learning rate is too high).
     """
     homes = [(model, next(model.parameters()).device) for model in (student, teacher)]
-    run = _Run(student, teacher, held_out, settings, zeros)
+    run = _Run(student, teacher, held_out, settings)
     if checkpoint is not None and checkpoint.is_file():
         run.load(checkpoint)
     if not run.checks:
@@ -142,7 +139,7 @@ def recover(
             run.check()
             if checkpoint is not None:
                 run.save(checkpoint)
-    if run.hold_zeros(1.0) or run.checks[-1].step != run.step:
+    if run.checks[-1].step != run.step:
         run.check()
     student.load_state_dict(run.best)
     student.requires_grad_()
@@ -156,9 +153,7 @@ def recover(
 class _Run:
     """The state of a training."""
 
-    def __init__(
-        self, student: Vit, teacher: Vit, held_out: Tensor, settings: RecoverSettings, zeros: Zeros | None = None
-    ) -> None:
+    def __init__(self, student: Vit, teacher: Vit, held_out: Tensor, settings: RecoverSettings) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         torch.manual_seed(settings.seed)
@@ -177,10 +172,7 @@ class _Run:
         self.teacher = _Teacher(teacher.to(self.accelerator.device), self.objective)
         optimizer = torch.optim.AdamW(_groups(student, self.objective.second, self.recipe), lr=settings.lr)
         self.student, self.optimizer = self.accelerator.prepare(_WithOutputs(student, self.objective), optimizer)
-        self.zeros, self.rivals_from = zeros, 0
-        if zeros is not None:
-            zeros.note()  # where the weights are now
-        self.of = f"{fingerprint(student)} {fingerprint(teacher)} {settings} {zeros and zeros.growth}"
+        self.of = f"{fingerprint(student)} {fingerprint(teacher)} {settings}"
         self.held_out = held_out
         with torch.no_grad():
             self.wanted = [self.judge.outputs(self.teacher.model, some) for some in self._held_out()]
@@ -233,19 +225,9 @@ class _Run:
             raise InputError(f"recovery: the loss is {loss.item()} after {self.step} steps; lower recover.lr")
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
-        if self.zeros is not None:
-            self.zeros.mask_gradients()
         self.accelerator.clip_grad_norm_(self.student.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
-        self.hold_zeros(self._done())
-
-    def hold_zeros(self, done: float) -> bool:
-        """Put zeros back and add those that are due; whether there are more than before."""
-        more = self.zeros is not None and self.zeros.hold(done)
-        if more:
-            self.rivals_from = len(self.checks)  # what was checked before had too few
-        return more
 
     def check(self) -> None:
         """Look at the held-out loss, and keep the weights if they are the best so far (see ``Recovered``)."""
@@ -255,8 +237,7 @@ class _Run:
         self.plain.train()
         losses = [self._held_out_loss(one, wanted) for one, wanted in zip(found, self.wanted, strict=True)]
         loss = sum(losses) / len(self.held_out)
-        rivals = [check.loss for check in self.checks[self.rivals_from :]]
-        if self.settings.recipe or not rivals or loss < min(rivals):
+        if self.settings.recipe or not self.checks or loss < min(check.loss for check in self.checks):
             self.best = {name: value.detach().cpu().clone() for name, value in self.plain.state_dict().items()}
         self.checks.append(Check(self.step, self.seconds, loss))
 
@@ -270,8 +251,6 @@ class _Run:
             "seconds": self.checks[-1].seconds,
             "checks": [tuple(check) for check in self.checks],
             "best": self.best,
-            "rivals_from": self.rivals_from,
-            "removals": self.zeros.removals if self.zeros is not None else 0,
             "student": self.plain.state_dict(),
             "second": self.objective.second.state_dict() if self.objective.second else {},
             "optimizer": self.optimizer.state_dict(),
@@ -289,13 +268,10 @@ class _Run:
         if state.get("of") != self.of:
             return
         self.plain.load_state_dict(state["student"])
-        if self.zeros is not None:
-            self.zeros.removals = state["removals"]
-            self.zeros.note()
         if self.objective.second:
             self.objective.second.load_state_dict(state["second"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.best, self.rivals_from = state["step"], state["best"], state["rivals_from"]
+        self.step, self.best = state["step"], state["best"]
         self.begun = time.monotonic() - state["seconds"]
         self.checks = [Check(*check) for check in state["checks"]]
 

@@ -121,8 +121,8 @@ def notes(profile: Profile) -> list[str]:
         ]
     if "tensorrt" in profile.runtime.provider.lower():
         return [
-            "ONNX Runtime's TensorRT provider may use kernels for 2:4 with runtime.options {trt_sparsity_enable: true}, "
-            "and does not say whether it does."
+            "ONNX Runtime's TensorRT provider may use kernels for 2:4 with runtime.options "
+            "{trt_sparsity_enable: true}, and does not say whether it does."
         ]
     if not runtimes.is_tensorrt(profile.runtime.name):
         return [
