@@ -20,6 +20,7 @@ FLOORS = [
     ["vitprune.statistics"],
     ["vitprune.tokens", "vitprune.criteria", "vitprune.structure", "vitprune.weights"],
     [
+        "vitprune.gradual",
         "vitprune.macs",
         "vitprune.objectives",
         "vitprune.official",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -89,6 +89,23 @@ class Check(NamedTuple):
     loss: float
 
 
+class Thinning(Protocol):
+    """What removes weights of the student while it trains (see ``gradual``)."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the student is as sparse as it is to be: before, its checks do not count as the best."""
+
+    def after_step(self, share: float) -> None:
+        """Act on the student behind an optimiser step, after a ``share`` of the training."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What an interrupted training needs to go on."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what ``state_dict`` gave."""
+
+
 class Recovered(NamedTuple):
     """A trained model.
 
@@ -111,6 +128,7 @@ def recover(
     *,
     progress: Progress | None = None,
     checkpoint: Path | None = None,
+    thinning: Thinning | None = None,
 ) -> Recovered:
     """Train ``student`` to answer as ``teacher`` does; the student itself is changed, and both stay on their devices.
 
@@ -118,12 +136,13 @@ def recover(
         batches: training images; with several processes, each takes every so many-th batch.
         held_out: images that the training does not see, [M, C, H, W]: they choose among the checks.
         checkpoint: file that lets an interrupted training of the same models and settings go on; removed at the end.
+        thinning: removes weights of the student on the way; the checks before the last of them are not handed back.
 
     Raises:
         InputError: there are no training images, or the loss is no number (the learning rate is too high).
     """
     homes = [(model, next(model.parameters()).device) for model in (student, teacher)]
-    run = _Run(student, teacher, held_out, settings)
+    run = _Run(student, teacher, held_out, settings, thinning)
     if checkpoint is not None and checkpoint.is_file():
         run.load(checkpoint)
     if not run.checks:
@@ -139,7 +158,7 @@ def recover(
             run.check()
             if checkpoint is not None:
                 run.save(checkpoint)
-    if run.checks[-1].step != run.step:
+    if run.thin(1.0) or run.checks[-1].step != run.step:
         run.check()
     student.load_state_dict(run.best)
     student.requires_grad_()
@@ -153,7 +172,14 @@ def recover(
 class _Run:
     """The state of a training."""
 
-    def __init__(self, student: Vit, teacher: Vit, held_out: Tensor, settings: RecoverSettings) -> None:
+    def __init__(
+        self,
+        student: Vit,
+        teacher: Vit,
+        held_out: Tensor,
+        settings: RecoverSettings,
+        thinning: Thinning | None = None,
+    ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         torch.manual_seed(settings.seed)
@@ -172,13 +198,14 @@ class _Run:
         self.teacher = _Teacher(teacher.to(self.accelerator.device), self.objective)
         optimizer = torch.optim.AdamW(_groups(student, self.objective.second, self.recipe), lr=settings.lr)
         self.student, self.optimizer = self.accelerator.prepare(_WithOutputs(student, self.objective), optimizer)
-        self.of = f"{fingerprint(student)} {fingerprint(teacher)} {settings}"
-        self.held_out = held_out
+        self.of = f"{fingerprint(student)} {fingerprint(teacher)} {settings} {thinning}"
+        self.held_out, self.thinning = held_out, thinning
         with torch.no_grad():
             self.wanted = [self.judge.outputs(self.teacher.model, some) for some in self._held_out()]
         self.step, self.begun = 0, time.monotonic()
         self.checks: list[Check] = []
         self.best: dict[str, Tensor] = {}
+        self.best_loss = math.inf
 
     @property
     def seconds(self) -> float:
@@ -228,6 +255,16 @@ class _Run:
         self.accelerator.clip_grad_norm_(self.student.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
+        if self.thinning is not None:
+            self.thin(self._done())
+
+    def thin(self, share: float) -> bool:
+        """Remove the weights that are to go after a ``share`` of the training; whether these were the last ones."""
+        if self.thinning is None:
+            return False
+        before = self.thinning.done
+        self.thinning.after_step(share)
+        return self.thinning.done and not before
 
     def check(self) -> None:
         """Look at the held-out loss, and keep the weights if they are the best so far (see ``Recovered``)."""
@@ -237,7 +274,9 @@ class _Run:
         self.plain.train()
         losses = [self._held_out_loss(one, wanted) for one, wanted in zip(found, self.wanted, strict=True)]
         loss = sum(losses) / len(self.held_out)
-        if self.settings.recipe or not self.checks or loss < min(check.loss for check in self.checks):
+        counts = self.thinning is None or self.thinning.done
+        if counts and (self.settings.recipe or not self.best or loss < self.best_loss):
+            self.best_loss = loss
             self.best = {name: value.detach().cpu().clone() for name, value in self.plain.state_dict().items()}
         self.checks.append(Check(self.step, self.seconds, loss))
 
@@ -251,6 +290,8 @@ class _Run:
             "seconds": self.checks[-1].seconds,
             "checks": [tuple(check) for check in self.checks],
             "best": self.best,
+            "best_loss": self.best_loss,
+            "thinning": self.thinning.state_dict() if self.thinning else {},
             "student": self.plain.state_dict(),
             "second": self.objective.second.state_dict() if self.objective.second else {},
             "optimizer": self.optimizer.state_dict(),
@@ -271,7 +312,9 @@ class _Run:
         if self.objective.second:
             self.objective.second.load_state_dict(state["second"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.best = state["step"], state["best"]
+        if self.thinning:
+            self.thinning.load_state_dict(state["thinning"])
+        self.step, self.best, self.best_loss = state["step"], state["best"], state["best_loss"]
         self.begun = time.monotonic() - state["seconds"]
         self.checks = [Check(*check) for check in state["checks"]]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import parts
 from .errors import InputError
 from .model.vit import Vit
-from .weights._layers import Curvatures, Gradients, Linears, Moments, Plain, linears
+from .weights._layers import Curvatures, Gradients, Moments, Plain, linears
 from .weights.base import Layers, Pattern, Progress, Pruned, WeightMethod
 
 MLP = r"blocks\.\d+\.mlp\.fc[12]"
@@ -68,21 +68,76 @@ def sparsify(
         InputError: an argument is out of range, the pattern does not divide a layer's rows, or the statistics cannot
             be used.
     """
-    method = parts.load("vitprune.weights", method, WeightMethod)() if isinstance(method, str) else method  # type: ignore[type-abstract]
-    pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
-    sparsity = wanted_sparsity(pattern, sparsity)
-    sparse = copy.deepcopy(model).eval()
-    chosen = chosen_layers(sparse, pattern, layers)
-    _check_images(method, images, labels)
-    steps = 1 if pattern.of else recompute or method.recompute
-    begin = zeros(chosen)
+    thinner = Thinner(
+        copy.deepcopy(model).eval(), images, method, pattern, sparsity, layers=layers, labels=labels, seed=seed
+    )
+    steps = 1 if thinner.pattern.of else recompute or thinner.method.recompute
+    begin = thinner.zeros
     for step in range(steps):
-        target = geometric(begin, max(begin, sparsity), (step + 1) / steps)
-        some = method.images_of(step, 0 if images is None else len(images))
-        seen, known = (None if part is None else part[some] for part in (images, labels))
-        views = _views(sparse, chosen, method, seen, known, seed + step, progress)
-        _apply(chosen, method, views, pattern, target)
-    return Sparse(sparse, {name: layer.weight.detach() != 0 for name, layer in chosen.items()})
+        thinner.thin(geometric(begin, max(begin, thinner.sparsity), (step + 1) / steps), progress)
+    return Sparse(thinner.model, thinner.masks())
+
+
+class Thinner:
+    """Removes weights of a model in place, once or again and again. The arguments are those of ``sparsify``.
+
+    Attributes:
+        chosen: the layers, by name.
+    """
+
+    def __init__(
+        self,
+        model: Vit,
+        images: Tensor | None,
+        method: str | WeightMethod,
+        pattern: str | Pattern = "unstructured",
+        sparsity: float | None = None,
+        *,
+        layers: str | None = None,
+        labels: Tensor | None = None,
+        seed: int = 0,
+    ) -> None:
+        if isinstance(method, str):
+            method = parts.load("vitprune.weights", method, WeightMethod)()  # type: ignore[type-abstract]
+        self.model, self.method, self.images, self.labels, self.seed = model, method, images, labels, seed
+        self.pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
+        self.sparsity = wanted_sparsity(self.pattern, sparsity)
+        self.chosen = chosen_layers(model, self.pattern, layers)
+        self.steps = 0
+        _check_images(method, images, labels)
+
+    @property
+    def zeros(self) -> float:
+        """Share of zeros in the weights of the layers."""
+        weights = [layer.weight for layer in self.chosen.values()]
+        return 1 - sum(int(torch.count_nonzero(w)) for w in weights) / sum(w.numel() for w in weights)
+
+    def masks(self) -> dict[str, Tensor]:
+        """True where a weight is not 0, [out, in], by the layer's name."""
+        return {name: layer.weight.detach() != 0 for name, layer in self.chosen.items()}
+
+    @torch.no_grad()
+    def thin(self, sparsity: float, progress: Progress | None = None) -> None:
+        """Make a share ``sparsity`` of the weights 0, with new statistics; the model is in eval mode."""
+        waiting: list[Pruned] = []
+        for pruned in self.method.prune(self._layers(progress), self.pattern, sparsity):
+            if self.method.needs == "moments":  # later layers shall read what is left in front of them
+                self.chosen[pruned.name].weight.copy_(pruned.weight)
+            else:
+                waiting.append(pruned)
+        for pruned in waiting:
+            self.chosen[pruned.name].weight.copy_(pruned.weight)
+        self.steps += 1
+
+    def _layers(self, progress: Progress | None) -> Layers:
+        if self.method.needs is None or self.images is None:
+            return Plain(self.chosen)
+        some = self.method.images_of(self.steps, len(self.images))
+        images, labels = self.images[some], None if self.labels is None else self.labels[some]
+        if self.method.needs == "moments":
+            return Moments(self.model, self.chosen, images, progress)
+        kind = Gradients if self.method.needs == "gradients" else Curvatures
+        return kind(self.model, self.chosen, images, labels, self.seed + self.steps, progress)
 
 
 def wanted_sparsity(pattern: Pattern, sparsity: float | None) -> float:
@@ -124,12 +179,6 @@ def chosen_layers(model: Vit, pattern: Pattern, names: str | None) -> dict[str, 
     return chosen
 
 
-def zeros(chosen: Linears) -> float:
-    """Share of zeros in the weights of the layers."""
-    total = sum(layer.weight.numel() for layer in chosen.values())
-    return 1 - sum(int(torch.count_nonzero(layer.weight)) for layer in chosen.values()) / total
-
-
 def geometric(begin: float, end: float, done: float) -> float:
     """Sparsity after a share ``done`` of the way, the density falling by the same factor in each step."""
     return 1 - (1 - begin) * ((1 - end) / (1 - begin)) ** done
@@ -153,33 +202,3 @@ def _check_images(method: WeightMethod, images: Tensor | None, labels: Tensor | 
         )
     if labels is not None and len(labels) != count:
         raise InputError(f"there are {count} calibration images and {len(labels)} labels")
-
-
-def _views(
-    model: Vit,
-    chosen: Linears,
-    method: WeightMethod,
-    images: Tensor | None,
-    labels: Tensor | None,
-    seed: int,
-    progress: Progress | None,
-) -> Layers:
-    if method.needs is None or images is None:
-        return Plain(chosen)
-    if method.needs == "moments":
-        return Moments(model, chosen, images, progress)
-    kind = Gradients if method.needs == "gradients" else Curvatures
-    return kind(model, chosen, images, labels, seed, progress)
-
-
-@torch.no_grad()
-def _apply(chosen: Linears, method: WeightMethod, views: Layers, pattern: Pattern, sparsity: float) -> None:
-    """Prune the layers in place; gradients are of the model as it was, moments of what is left in front of a layer."""
-    waiting: list[Pruned] = []
-    for pruned in method.prune(views, pattern, sparsity):
-        if method.needs == "moments":
-            chosen[pruned.name].weight.copy_(pruned.weight)
-        else:
-            waiting.append(pruned)
-    for pruned in waiting:
-        chosen[pruned.name].weight.copy_(pruned.weight)

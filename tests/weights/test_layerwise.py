@@ -52,12 +52,14 @@ def test_obc_is_the_least_squares_fit_of_its_mask(pattern, layer):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_what_methods_lose_of_a_layers_output(pattern, layer):
-    lost = {
-        type(method).__name__: error(layer, prune(method, layer, pattern).weight)
-        for method in (Obc(), SparseGpt(), Wanda())
-    }
-    assert lost["Obc"] < lost["SparseGpt"] < lost["Wanda"]
+def test_what_methods_lose_of_a_layers_output_on_the_mean(pattern):
+    lost = []
+    for seed in range(0, 200, 10):
+        layer = layer_reading(correlated(1, 400, 24, 0.6, seed)[:, 0], random(10, 24, seed=seed + 5))
+        lost.append([error(layer, prune(method, layer, pattern).weight) for method in (Obc(), SparseGpt(), Wanda())])
+    obc, sparsegpt, wanda = torch.tensor(lost).log().mean(0).exp().tolist()
+    assert obc < 0.8 * sparsegpt
+    assert sparsegpt < 0.8 * wanda
 
 
 @pytest.mark.parametrize("columns", [4, 8, 128])
@@ -96,5 +98,6 @@ def test_what_was_removed_before_counts_and_stays_away(method, pattern, layer):
     first = prune(method, layer, "block-4", 0.25)
     again = layer_reading(correlated(1, 400, 24, 0.6, seed=3)[:, 0], first.weight)
     second = prune(method, again, pattern)
-    assert int((~second.mask).sum()) == 120
+    assert Pattern.parse(pattern).holds(second.mask)
+    assert int((~second.mask).sum()) == 120 or pattern == "2:4"  # which can but add to the zeros of whole fours
     assert not (second.mask & ~first.mask).any()

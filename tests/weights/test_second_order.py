@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -264,7 +264,7 @@ def slow_hull(costs):
             points.pop()
         points.append((step, total))
     slopes = []
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         slopes += [(y1 - y0) / (x1 - x0)] * (x1 - x0)
     return torch.tensor(slopes, dtype=costs.dtype)
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from ..errors import InputError
 from ..model.state import TokenState
 from ..model.vit import Vit
 from ..statistics import batches, blocks_of
@@ -183,6 +184,11 @@ class Gradients:
         found, first = [], 0
         for state in self.states[-1]:
             output = self.model.classify(state)
+            if not bool(torch.isfinite(output).all()):
+                raise InputError(
+                    "the model's answers to the calibration images are no numbers (NaN or infinite); look for such "
+                    "values in its weights and in the images"
+                )
             known = None if labels is None else labels[first : first + len(output)].to(output.device)
             found.append(slope_of_loss(output, self.model.config.classes, known, generator))
             first += len(output)
@@ -199,22 +205,24 @@ class Gradients:
             with torch.enable_grad(), recorded(stage.layers) as calls:
                 left = stage.run(state._replace(x=x))
             out = left.x if isinstance(left, TokenState) else left
-            found = torch.autograd.grad(out, [x, *(call.outputs for call in calls)], slope)
+            found = torch.autograd.grad(out, [x, *(call.outputs for call in calls)], slope, allow_unused=True)
             before.append(found[0])
-            for order, (call, slope_there) in enumerate(zip(calls, found[1:], strict=True)):
-                _keep(reads[call.name], call, slope_there, images, done, order, calls)
+            used = [(call, there) for call, there in zip(calls, found[1:], strict=True) if there is not None]
+            for name, mine in reads.items():
+                _keep(mine, [pair for pair in used if pair[0].name == name], images, done)
             done += len(x)
         return {name: tuple(parts) for name, parts in reads.items()}, before
 
 
-def _keep(reads: list[Read], call: Call, slope: Tensor, images: int, done: int, order: int, calls: list[Call]) -> None:
-    """Write what a batch's ``call`` read behind what the ``done`` images before it did."""
-    number = sum(other.name == call.name for other in calls[:order])  # which of the layer's products it is
-    if number == len(reads):
-        room = (part.new_empty(images, *part.shape[1:]) for part in (call.inputs, slope))
-        reads.append(Read(call.rows, *room))
-    reads[number].inputs[done : done + len(slope)] = call.inputs.detach()
-    reads[number].slopes[done : done + len(slope)] = slope
+def _keep(reads: list[Read], calls: list[tuple[Call, Tensor]], images: int, done: int) -> None:
+    """Write what a layer's ``calls`` of a batch read, and their slopes, behind those of the ``done`` images before."""
+    if not reads:
+        for call, slope in calls:
+            room = (part.new_empty(images, *part.shape[1:]) for part in (call.inputs, slope))
+            reads.append(Read(call.rows, *room))
+    for read, (call, slope) in zip(reads, calls, strict=True):
+        read.inputs[done : done + len(slope)] = call.inputs.detach()
+        read.slopes[done : done + len(slope)] = slope
 
 
 def slope_of_loss(output: Tensor, classes: int, labels: Tensor | None, generator: torch.Generator) -> Tensor:

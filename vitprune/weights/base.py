@@ -110,7 +110,7 @@ class LayerView:
         weight: [out, in].
         alive: [out, in], True where a weight may stay; the others have been removed before and are 0.
         moments: [in, in] mean of x x^T over what it read, fp64; for methods that need it.
-        reads: inputs and slopes of all its rows, each row in one of them; for methods that need gradients.
+        reads: its inputs and slopes; for methods that need gradients.
         curvature: [out, in] diagonal of the Hessian of the loss; for methods that need it.
     """
 
@@ -126,15 +126,19 @@ class LayerView:
 
         ``batch``: each is the mean over so many images; images that fill no batch are left out.
         """
-        parts: list[Tensor] = []
-        for read in sorted(self.reads, key=lambda read: read.rows.start):
+        whole = self.weight.new_zeros(0)
+        for read in self.reads:
             first, last = max(rows.start, read.rows.start), min(rows.stop, read.rows.stop)
-            if first < last:
-                m = len(read.inputs) // batch
-                x, dy = (part[: m * batch].unflatten(0, (m, batch)).flatten(1, 2) for part in read[1:])
-                mine = dy[..., first - read.rows.start : last - read.rows.start]
-                parts.append(torch.bmm(mine.transpose(1, 2), x).div_(batch))
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            if first >= last:
+                continue
+            m = len(read.inputs) // batch
+            x, dy = (part[: m * batch].unflatten(0, (m, batch)).flatten(1, 2) for part in read[1:])
+            part = torch.bmm(dy[..., first - read.rows.start : last - read.rows.start].transpose(1, 2), x).div_(batch)
+            if (first, last) == (rows.start, rows.stop) and not whole.numel():
+                whole = part
+                continue
+            whole = whole if whole.numel() else x.new_zeros(m, rows.stop - rows.start, x.shape[-1])
+            whole[:, first - rows.start : last - rows.start] += part
         alive = self.alive[rows]
         return whole if bool(alive.all()) else whole.mul_(alive)
 

@@ -34,13 +34,13 @@ class Obc(Scoring):
 
     def scores(self, layer: LayerView, pattern: Pattern) -> Tensor:
         inverse = inverted(damped_moments(layer, self.damping)[None], layer.name)
-        trace = sweep(layer.weight.double(), inverse, layer.alive, pattern)
+        trace = sweep(read_weights(layer), inverse, layer.alive, pattern)
         return step_scores(trace, layer.weight.shape[1] // pattern.group, "hull", pattern)
 
     def weights(self, layer: LayerView, mask: Tensor, pattern: Pattern) -> Tensor:
         hessian = damped_moments(layer, self.damping)[None]
         rows = max(1, CHUNK_BYTES // hessian.nbytes)
-        parts = zip(layer.weight.double().split(rows), mask.split(rows), strict=True)
+        parts = zip(read_weights(layer).split(rows), mask.split(rows), strict=True)
         return torch.cat([joint(hessian, some, kept, layer.name) for some, kept in parts])
 
 
@@ -50,3 +50,8 @@ def damped_moments(layer: LayerView, damping: float) -> Tensor:
     mean = moments.diagonal().mean()
     ridge = torch.where(moments.diagonal() > 0, damping * mean, mean)
     return moments + torch.diag(ridge)
+
+
+def read_weights(layer: LayerView) -> Tensor:
+    """The weights in fp64; 0 where their input always is, since there they do nothing."""
+    return torch.where(required(layer.moments, layer, "moments").diagonal() > 0, layer.weight.double(), 0)

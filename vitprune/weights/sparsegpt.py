@@ -14,7 +14,7 @@ from typing import final
 from ._columns import sweep_columns
 from ._fisher import inverted
 from .base import Layers, Pattern, Pruned, WeightMethod, finite
-from .obc import damped_moments
+from .obc import damped_moments, read_weights
 
 
 @final
@@ -32,6 +32,7 @@ class SparseGpt(WeightMethod):
     def prune(self, layers: Layers, pattern: Pattern, sparsity: float) -> Iterator[Pruned]:
         for layer in layers:
             inverse = inverted(damped_moments(layer, self.damping)[None], layer.name)[0]
-            weight = sweep_columns(layer.weight.double(), inverse, layer.alive, pattern, sparsity, layer.name)
+            read = read_weights(layer)
+            weight = sweep_columns(read, inverse, read != 0, pattern, sparsity, layer.name)
             weight = finite(weight, layer.name).to(layer.weight)
             yield Pruned(layer.name, weight != 0, weight)

@@ -9,7 +9,7 @@ from typing import final
 
 from torch import Tensor
 
-from .base import LayerView, Pattern, Scope, Scoring, required
+from .base import LayerView, Pattern, Scope, Scoring, finite, required
 
 
 @final
@@ -22,5 +22,5 @@ class Wanda(Scoring):
 
     def scores(self, layer: LayerView, pattern: Pattern) -> Tensor:
         squares = required(layer.moments, layer, "moments").diagonal() * layer.weight.double().square()
-        grouped = squares.unflatten(1, (-1, pattern.group)).sum(-1)
+        grouped = finite(squares, layer.name).unflatten(1, (-1, pattern.group)).sum(-1)
         return grouped.argsort(dim=1, stable=True).argsort(dim=1).double()  # ranks within the row

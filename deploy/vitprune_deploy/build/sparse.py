@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
     from vitprune.model.vit import Vit
     from vitprune.plan import Plan
-    from vitprune.sparsify import Sparse
-    from vitprune.zeros import Zeros
+    from vitprune.recover import Thinning
 
 WEIGHTS = "weights.json"  # in the folder of the stage ``weights``
 SLIM = "slim"  # the model that it leaves there
@@ -37,6 +36,8 @@ def weight_settings(bench: Bench) -> dict[str, Any]:
 
 def prune_weights(bench: Bench, folder: Path) -> None:
     """Make weights of the slim model zeros, unless recovery is to do so, and say what that is good for."""
+    from vitprune.sparsify import sparsify
+
     from .make import slim_model
 
     wanted = bench.profile.prune.weights
@@ -46,30 +47,9 @@ def prune_weights(bench: Bench, folder: Path) -> None:
     model, (note, *_) = slim_model(bench)[0], notes(bench.profile)
     bench.shows.say(note)
     if wanted.schedule == "one-shot":
-        model = pruner(bench)(model, wanted.sparsity).model
+        model = sparsify(model, **_asked(bench), progress=bench.shows.progress).model
     save_vit(model, folder, SLIM)
     write_json(folder / WEIGHTS, {"method": wanted.method, "pattern": wanted.pattern, "schedule": wanted.schedule})
-
-
-def pruner(bench: Bench) -> Callable[[Vit, float | None], Sparse]:
-    """Removes weights of a model as the profile asks, up to a share of zeros."""
-    from vitprune.sparsify import sparsify
-
-    wanted = bench.profile.prune.weights
-
-    def prune(model: Vit, sparsity: float | None) -> Sparse:
-        return sparsify(
-            model,
-            bench.search_images,
-            wanted.method,
-            wanted.pattern,
-            sparsity,
-            layers=layer_names(bench.profile),
-            seed=bench.profile.seed,
-            progress=bench.shows.progress,
-        )
-
-    return prune
 
 
 def layer_names(profile: Profile) -> str:
@@ -88,21 +68,34 @@ def with_zeros(plan: Plan, profile: Profile) -> Plan:
     return plan.with_zeros(wanted.pattern, lambda name: chosen.fullmatch(name) is not None)
 
 
-def held_zeros(bench: Bench, model: Vit) -> Zeros | None:
+def thinning(bench: Bench, model: Vit) -> Thinning | None:
     """What keeps the zeros of ``model`` in a training, and adds to them where they come gradually; None: no zeros."""
-    from vitprune.zeros import Growth, Zeros
+    from vitprune.gradual import Gradual, KeptZeros
 
-    wanted = bench.profile.prune.weights
-    if not wanted.enabled:
+    if not _layer_list(model, bench.profile):
         return None
-    layers, growth = _layer_list(model, bench.profile), None
-    if layers and wanted.schedule == "gradual" and wanted.sparsity is not None:
-        growth = Growth(pruner(bench), wanted.sparsity)
-    return Zeros(model, layers, growth)
+    if bench.profile.prune.weights.schedule == "one-shot":
+        return KeptZeros(model, layer_names(bench.profile))
+    return Gradual(model, **_asked(bench))
+
+
+def _asked(bench: Bench) -> dict[str, Any]:
+    """Arguments of ``sparsify`` and ``Gradual`` behind the model, as the profile has them."""
+    wanted = bench.profile.prune.weights
+    return {
+        "images": bench.search_images,
+        "method": wanted.method,
+        "pattern": wanted.pattern,
+        "sparsity": wanted.sparsity,
+        "layers": layer_names(bench.profile),
+        "seed": bench.profile.seed,
+    }
 
 
 def _layer_list(model: Vit, profile: Profile) -> list[str]:
-    """The layers of ``model`` that get zeros; none where it has lost all of that kind."""
+    """The layers of ``model`` that get zeros; none where it has lost all of that kind, or none are asked for."""
+    if not profile.prune.weights.enabled:
+        return []
     chosen = re.compile(layer_names(profile))
     return [name for name, _ in model.named_modules() if chosen.fullmatch(name)]
 

@@ -19,7 +19,7 @@ from ..console import Console
 from ..data import Augmented
 from ..profile import load_profile
 from .bench import Bench, load_vit, save_vit, write_json
-from .sparse import held_zeros
+from .sparse import thinning
 
 if TYPE_CHECKING:
     from vitprune.model.vit import Vit
@@ -44,9 +44,9 @@ def train(bench: Bench, slim: Vit, folder: Path) -> None:
         lambda epoch: batches(bench, epoch),
         bench.calibration,  # all of them: the more, the better they choose among the checks
         RecoverSettings(wanted.max_steps, wanted.max_seconds, lr, seed=bench.profile.seed, recipe=recipe),
-        zeros=held_zeros(bench, slim),
         progress=bench.shows.progress,
         checkpoint=bench.work / "recovery.pt",
+        thinning=thinning(bench, slim),
     )
     if PartialState().is_main_process:
         save_vit(found.model, folder, "model")
