@@ -178,7 +178,9 @@ model's own output where gradients are needed. Shares of zeros are over all line
 of the MLPs.
 *Points above magnitude*: against the better of the two rows of magnitude at that level (uniform per layer, and one
 threshold for all), paired image by image, with the 95% bootstrap interval over images. *CPU seconds* are of the
-pruning, statistics included, on one thread of a machine that others used. One small model ranks no methods for others.
+pruning, statistics included, on one thread of a machine that others used. `magnitude`, `wanda`, `obd` and `obd_fisher`
+leave the remaining weights as they are, the others change them to make up for what is gone. One small model ranks no
+methods for others.
 """
 
 

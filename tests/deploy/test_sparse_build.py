@@ -158,7 +158,7 @@ def test_a_build_without_zeros_says_nothing_of_them(bench):
     stage(made, "weights", sparse.prune_weights)
     assert (made.plan.patterns(), made.said, sparse.account(made)) == ({}, [], None)
     assert sparse.search_kernels(made, made.work) is None
-    assert sparse.notes(made.profile) == []
+    assert sparse.worth(made.profile) is None
 
 
 # ---- what a search counts on --------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_a_runtime_without_such_kernels_and_a_search_without_candidates_count_on
     assert not found["used"]
     assert found["why"].startswith("onnxruntime has no kernels for the pattern 2:4")
     provider = profile("prune.weights.method=magnitude", "runtime.provider=tensorrt")
-    assert "trt_sparsity_enable" in sparse.notes(provider)[0]
+    assert "trt_sparsity_enable" in sparse.worth(provider)
     made.profile = profile("prune.weights.method=magnitude", "runtime.name=tensorrt", "search.landings=0")
     made.sparse_kernels = None
     assert "search.landings is 0" in sparse.search_kernels(made, made.work)["why"]

@@ -36,9 +36,8 @@ def recover_accuracy(bench: Bench, folder: Path) -> None:
     """Cut the model down to its plan, and train what is left to answer as the dense model does."""
     import torch
 
-    weights = bench.folders["weights"]
     if bench.json("weights", WEIGHTS):
-        slim, changed = load_vit(weights, SLIM), True
+        slim, changed = load_vit(bench.folders["weights"], SLIM), True
     else:
         slim, changed = slim_model(bench)
     if not (bench.profile.recover.enabled and changed):

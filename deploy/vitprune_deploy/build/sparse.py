@@ -44,8 +44,8 @@ def prune_weights(bench: Bench, folder: Path) -> None:
     if not bench.plan.patterns():  # not asked for, or no such layer is left
         write_json(folder / WEIGHTS, None)
         return
-    model, (note, *_) = slim_model(bench)[0], notes(bench.profile)
-    bench.shows.say(note)
+    model, _ = slim_model(bench)
+    bench.shows.say(str(worth(bench.profile)))
     if wanted.schedule == "one-shot":
         model = sparsify(model, **_asked(bench), progress=bench.shows.progress).model
     save_vit(model, folder, SLIM)
@@ -103,26 +103,26 @@ def _layer_list(model: Vit, profile: Profile) -> list[str]:
 # ---- what they are worth ------------------------------------------------------------------------------------------
 
 
-def notes(profile: Profile) -> list[str]:
-    """What can be said of the zeros before anything is built; empty where there are none."""
+def worth(profile: Profile) -> str | None:
+    """What can be said of the zeros before anything is built; None: there are to be none."""
     if not profile.prune.weights.enabled:
-        return []
+        return None
     if not profile.asks_2_4:
-        return [
+        return (
             f"Zeros of the pattern {profile.prune.weights.pattern} bring no speed by themselves, in ONNX Runtime or "
             "TensorRT: the file that they leave is smaller when it is compressed."
-        ]
+        )
     if "tensorrt" in profile.runtime.provider.lower():
-        return [
+        return (
             "ONNX Runtime's TensorRT provider may use kernels for 2:4 with runtime.options "
             "{trt_sparsity_enable: true}, and does not say whether it does."
-        ]
+        )
     if not runtimes.is_tensorrt(profile.runtime.name):
-        return [
+        return (
             f"{profile.runtime.name} has no kernels for the pattern 2:4, so it brings no speed there; TensorRT may "
             "have some, on Ampere and later."
-        ]
-    return ["2:4 is faster only where TensorRT chooses kernels that skip zeros, which is looked up in its engine."]
+        )
+    return "2:4 is faster only where TensorRT chooses kernels that skip zeros, which is looked up in its engine."
 
 
 def search_kernels(bench: Bench, folder: Path) -> dict[str, Any] | None:
@@ -137,7 +137,7 @@ def search_kernels(bench: Bench, folder: Path) -> dict[str, Any] | None:
 
 def _looked_up(bench: Bench, folder: Path) -> dict[str, Any]:
     if not runtimes.is_tensorrt(bench.profile.runtime.name):
-        return {"used": False, "why": notes(bench.profile)[0]}
+        return {"used": False, "why": worth(bench.profile)}
     if not bench.profile.search.landings:
         return {"used": False, "why": "search.landings is 0, so that nothing is built and no gain by 2:4 is counted on"}
     bench.shows.progress(0, 1, "look for kernels that skip zeros")
@@ -244,7 +244,7 @@ def _sentences(bench: Bench, found: Mapping[str, Any]) -> list[str]:
     ]
     kernels = found["kernels"]
     if kernels is None:
-        return said + notes(bench.profile)
+        return [*said, str(worth(bench.profile))]
     if found["search"]:
         said.append(f"In the search, {found['search']['why']}.")
     if kernels["used"]:

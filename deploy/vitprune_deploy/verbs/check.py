@@ -200,7 +200,7 @@ def _facts(bench: Bench) -> dict[str, Any]:
         "images": {name: len(part) for name, part in bench.images._asdict().items()},
         "labelled": bench.images.test.labels is not None,
         "token_methods": [method.name for method in bench.token_methods()],
-        "weights": sparse.notes(bench.profile),
+        "weights": sparse.worth(bench.profile),
         "left_out": [e.name for e in bench.profile.runtime.also_build if not device.has(runtimes.module(e.name))],
         "estimated_seconds": estimate(bench),
     }
@@ -220,7 +220,7 @@ def _answer(profile: Profile, out: Path, errors: Sequence[VitpruneError], facts:
         ["token methods", ", ".join(facts["token_methods"]) or "none"],
         ["output", str(out)],
     ]
-    rows += [["weights", note] for note in facts["weights"]]
+    rows += [["weights", facts["weights"]]] if facts["weights"] else []
     rows += [["left out", f"the engine for {name}, which is not installed"] for name in facts["left_out"]]
     seconds = facts["estimated_seconds"]
     times = [[stage, duration(value)] for stage, value in seconds.items()]
