@@ -35,8 +35,8 @@ def sweep_columns(
     for first in range(0, width, wide):
         last = min(width, first + wide)
         if not pattern.of:
-            gone = int((~mask[:, :first]).sum())
-            share = (sparsity * rows * last - gone) / (rows * (last - first))
+            removed = int((~mask[:, :first]).sum())
+            share = (sparsity * rows * last - removed) / (rows * (last - first))
             costs = _costs(weights[:, first:last], factor[first:last, first:last], pattern.group)
             chosen = _chosen(costs, alive[:, first:last], pattern, min(1.0, max(0.0, share)))
             mask[:, first:last] &= chosen
