@@ -43,6 +43,25 @@ def test_later_plans_pick_from_the_dims_and_channels_that_are_left():
     assert narrow.then(replace(later, embed=(0, 2))).embed == (3, 8)
 
 
+def test_patterns_of_zeros_are_of_layers_that_stay_and_come_back_from_json():
+    some = plan(BlockPlan((0,), (1, 5)), BlockPlan((), (3,)), BlockPlan((0,), ()))
+    sparse = some.with_zeros("2:4", lambda name: "mlp" in name or name == "blocks.2.attn.proj")
+    assert sparse.patterns() == dict.fromkeys(
+        ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2", "blocks.2.attn.proj"], "2:4"
+    )
+    plain = json.loads(json.dumps(sparse.to_dict()))
+    assert plain["blocks"][1] == {"heads": [], "mlp": [3], "weights": {"mlp.fc1": "2:4", "mlp.fc2": "2:4"}}
+    assert Plan.from_dict(plain) == sparse
+    assert some.patterns() == {}
+
+
+def test_a_later_plan_keeps_patterns_of_what_stays_and_may_ask_for_others():
+    first = plan(BlockPlan((0, 1), (0, 1), weights=(("attn.proj", "2:4"), ("mlp.fc1", "2:4"))))
+    assert first.then(plan(BlockPlan((0,), ()))).patterns() == {"blocks.0.attn.proj": "2:4"}
+    later = plan(BlockPlan((0,), (0,), weights=(("mlp.fc1", "unstructured"),)))
+    assert first.then(later).patterns() == {"blocks.0.attn.proj": "2:4", "blocks.0.mlp.fc1": "unstructured"}
+
+
 def test_a_dense_plan_keeps_everything():
     dense = Plan.dense("abc", 49, heads=[2, 3], mlp=[4, 1])
     assert dense.blocks == (BlockPlan((0, 1), (0, 1, 2, 3)), BlockPlan((0, 1, 2), (0,)))

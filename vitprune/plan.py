@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import InputError
@@ -22,6 +22,7 @@ class BlockPlan:
             the last block only: it is computed for the prefix tokens alone, since nothing reads another.
         qk, v: for each of ``heads``, in their order, the indices of the kept dims of its queries and keys, and of its
             values, in the original head, ascending, equally many in every head; None keeps all.
+        weights: the pattern of zeros in the weights of a layer, by its name in the block: (('mlp.fc1', '2:4'), ...).
     """
 
     heads: tuple[int, ...]
@@ -29,6 +30,7 @@ class BlockPlan:
     patches: int | None = None
     qk: Dims | None = None
     v: Dims | None = None
+    weights: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("heads", "mlp"):
@@ -64,6 +66,7 @@ class BlockPlan:
             patches=min(counts) if counts and (later.heads or min(counts) == 0) else None,
             qk=self._dims_then("qk", later, number),
             v=self._dims_then("v", later, number),
+            weights=self._patterns_then(later),
         )
 
     def _dims_then(self, name: str, later: BlockPlan, number: int) -> Dims | None:
@@ -78,19 +81,29 @@ class BlockPlan:
             _check_left(f"block {number}: the later plan keeps {name} dims up to", dims, len(first[0]))
         return tuple(tuple(first[i][d] for d in dims) for i, dims in zip(later.heads, second, strict=True))
 
+    def _patterns_then(self, later: BlockPlan) -> tuple[tuple[str, str], ...]:
+        """Patterns of the layers that ``later`` leaves, its own in place of those here."""
+        return tuple(
+            (layer, pattern)
+            for layer, pattern in (dict(self.weights) | dict(later.weights)).items()
+            if (later.heads if layer.startswith("attn.") else later.mlp)
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers; keys that keep all are left out."""
         plain: dict[str, Any] = {"heads": list(self.heads), "mlp": list(self.mlp)}
         if self.patches is not None:
             plain["patches"] = self.patches
         rows = {name: dims for name, dims in (("qk", self.qk), ("v", self.v)) if dims is not None}
-        return plain | {name: [list(kept) for kept in dims] for name, dims in rows.items()}
+        plain |= {name: [list(kept) for kept in dims] for name, dims in rows.items()}
+        return plain | ({"weights": dict(self.weights)} if self.weights else {})
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> BlockPlan:
         """The block that ``to_dict`` wrote."""
         dims = {name: tuple(map(tuple, plain[name])) for name in ("qk", "v") if plain.get(name) is not None}
-        return cls(tuple(plain["heads"]), tuple(plain["mlp"]), plain.get("patches"), **dims)
+        weights = tuple(dict(plain.get("weights", {})).items())
+        return cls(tuple(plain["heads"]), tuple(plain["mlp"]), plain.get("patches"), **dims, weights=weights)
 
 
 @dataclass(frozen=True)
@@ -133,6 +146,23 @@ class Plan:
         """The plan that keeps everything of blocks with ``heads[l]`` heads and ``mlp[l]`` hidden units."""
         blocks = (BlockPlan(tuple(range(h)), tuple(range(m))) for h, m in zip(heads, mlp, strict=True))
         return cls(model_sha256, patches, None, tuple(blocks))
+
+    def with_zeros(self, pattern: str, layers: Callable[[str], bool]) -> Plan:
+        """This plan, with ``pattern`` in the weights of those of its layers that ``layers`` says yes to.
+
+        ``layers`` is told their names in the model, as 'blocks.3.mlp.fc1'; layers that the plan removes have none.
+        """
+        halves = {"heads": ("attn.qkv", "attn.proj"), "mlp": ("mlp.fc1", "mlp.fc2")}
+        blocks = []
+        for number, block in enumerate(self.blocks):
+            there = (name for half, names in halves.items() if getattr(block, half) for name in names)
+            chosen = [(name, pattern) for name in there if layers(f"blocks.{number}.{name}")]
+            blocks.append(replace(block, weights=tuple(chosen)))
+        return replace(self, blocks=tuple(blocks))
+
+    def patterns(self) -> dict[str, str]:
+        """The pattern of zeros of each layer that has one, by the layer's name in the model."""
+        return {f"blocks.{n}.{name}": pattern for n, b in enumerate(self.blocks) for name, pattern in b.weights}
 
     def patches_after(self) -> list[int]:
         """Patch tokens that leave each block."""

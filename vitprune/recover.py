@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -90,6 +90,23 @@ class Check(NamedTuple):
     loss: float
 
 
+class Thinning(Protocol):
+    """What removes weights of the student while it trains (see ``gradual``)."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the student is as sparse as it is to be: before, its checks do not count as the best."""
+
+    def after_step(self, share: float) -> None:
+        """Act on the student behind an optimiser step, after a ``share`` of the training."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What an interrupted training needs to go on."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what ``state_dict`` gave."""
+
+
 class Recovered(NamedTuple):
     """A trained model.
 
@@ -114,6 +131,7 @@ def recover(
     progress: Progress | None = None,
     checkpoint: Path | None = None,
     method: StructureMethod | None = None,
+    thinning: Thinning | None = None,
 ) -> Recovered:
     """Train ``student`` to answer as ``teacher`` does; the student itself is changed, and both stay on their devices.
 
@@ -123,12 +141,13 @@ def recover(
         checkpoint: file that lets an interrupted training of the same models and settings go on; removed at the end.
         method: learns beside the model what may stay of it; see ``vitprune.learn``. Held-out losses are then those of
             the model as it is gated.
+        thinning: removes weights of the student on the way; the checks before the last of them are not handed back.
 
     Raises:
         InputError: there are no training images, or the loss is no number (the learning rate is too high).
     """
     homes = [(model, next(model.parameters()).device) for model in (student, teacher)]
-    run = _Run(student, teacher, held_out, settings, method)
+    run = _Run(student, teacher, held_out, settings, method, thinning)
     if checkpoint is not None and checkpoint.is_file():
         run.load(checkpoint)
     attached = method.attach(student) if method else []
@@ -161,7 +180,7 @@ def _go_on(run: _Run, batches: Batches, progress: Progress | None, checkpoint: P
             run.check()
             if checkpoint is not None:
                 run.save(checkpoint)
-    if run.checks[-1].step != run.step:
+    if run.thin(1.0) or run.checks[-1].step != run.step:
         run.check()
 
 
@@ -175,6 +194,7 @@ class _Run:
         held_out: Tensor,
         settings: RecoverSettings,
         method: StructureMethod | None = None,
+        thinning: Thinning | None = None,
     ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -198,13 +218,16 @@ class _Run:
         with_outputs = _WithOutputs(student, self.objective, method)
         self.student, self.optimizer = self.accelerator.prepare(with_outputs, optimizer)
         self.clipped = [p for group in groups if "own" in group for p in group["params"]]
-        self.of = f"{fingerprint(student)} {fingerprint(teacher)} {settings} {method.identity if method else None}"
-        self.held_out = held_out
+        self.of = (
+            f"{fingerprint(student)} {fingerprint(teacher)} {settings} {method.identity if method else None} {thinning}"
+        )
+        self.held_out, self.thinning = held_out, thinning
         with torch.no_grad():
             self.wanted = [self.judge.outputs(self.teacher.model, some) for some in self._held_out()]
         self.step, self.begun = 0, time.monotonic()
         self.checks: list[Check] = []
         self.best: dict[str, Tensor] = {}
+        self.best_loss = math.inf
 
     @property
     def seconds(self) -> float:
@@ -262,6 +285,16 @@ class _Run:
         if self.method is not None:
             self.method.after_step(self.plain, moment, self._mean)
         self.step += 1
+        if self.thinning is not None:
+            self.thin(self._done())
+
+    def thin(self, share: float) -> bool:
+        """Remove the weights that are to go after a ``share`` of the training; whether these were the last ones."""
+        if self.thinning is None:
+            return False
+        before = self.thinning.done
+        self.thinning.after_step(share)
+        return self.thinning.done and not before
 
     def set_training(self, training: bool) -> None:
         """Whether the student, and what learns beside it, are to be trained or judged."""
@@ -277,8 +310,10 @@ class _Run:
         self.set_training(True)
         losses = [self._held_out_loss(one, wanted) for one, wanted in zip(found, self.wanted, strict=True)]
         loss = sum(losses) / len(self.held_out)
-        last = self.settings.recipe or self.method or not self.checks
-        if last or loss < min(check.loss for check in self.checks):
+        counts = self.thinning is None or self.thinning.done
+        last = self.settings.recipe or self.method or not self.best
+        if counts and (last or loss < self.best_loss):
+            self.best_loss = loss
             self.best = {name: value.detach().cpu().clone() for name, value in self.plain.state_dict().items()}
         self.checks.append(Check(self.step, self.seconds, loss))
 
@@ -292,6 +327,8 @@ class _Run:
             "seconds": self.checks[-1].seconds,
             "checks": [tuple(check) for check in self.checks],
             "best": self.best,
+            "best_loss": self.best_loss,
+            "thinning": self.thinning.state_dict() if self.thinning else {},
             "student": self.plain.state_dict(),
             "second": self.objective.second.state_dict() if self.objective.second else {},
             "method": self.method.state_dict() if self.method else {},
@@ -315,7 +352,9 @@ class _Run:
         if self.method:
             self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.best = state["step"], state["best"]
+        if self.thinning:
+            self.thinning.load_state_dict(state["thinning"])
+        self.step, self.best, self.best_loss = state["step"], state["best"], state["best_loss"]
         self.begun = time.monotonic() - state["seconds"]
         self.checks = [Check(*check) for check in state["checks"]]
 

@@ -78,7 +78,7 @@ class EngineEntry(_Part):
 
 
 class Manifest(_Part):
-    """What an output folder holds, and how it was judged."""
+    """What an output folder holds, and how it was judged; ``weights``: of those that are zero, as the build says it."""
 
     schema_version: int = Field(default=SCHEMA, alias="schema")
     verdict: Literal["pass", "fail", "unstable"]
@@ -91,6 +91,7 @@ class Manifest(_Part):
     parity: Parity
     engines: tuple[EngineEntry, ...]
     files: dict[str, str]
+    weights: dict[str, Any] | None = None
     files_note: str = "the sums show damage; they do not show who made a file"
 
     def write(self, folder: Path) -> None:

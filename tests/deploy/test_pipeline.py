@@ -112,7 +112,7 @@ def test_compatibility_is_asked_of_tensorrt_alone_and_timings_are_kept_in_the_us
 def test_engines_that_are_only_timed_are_built_like_the_product(profile, tmp_path):
     path = a_chain(1, tmp_path)
     found = profile("runtime.name=tensorrt", "runtime.version_compatible=true", "runtime.options={workspace_mb: 64}")
-    options = runtimes._fixed(path, {"batch": 1}, found)
+    options = runtimes.fixed_options(path, {"batch": 1}, found)
     assert (options.version_compatible, options.workspace_mb, options.precision) == (True, 64, None)
     assert options.profiles == ({"images": ((1, 3, 28, 28),) * 3},)
 
@@ -291,7 +291,7 @@ def test_the_report_says_which_operations_are_islands_and_what_int8_and_compatib
     }
     kept = written["export.json"]["islands"]["model.onnx"]
     kept[:] = [dict(zip(("kind", "where", "reaches", "wide"), one, strict=True)) for one in kept]
-    notes = account._notes(SimpleNamespace(json=lambda stage, name: written[name]), {})
+    notes = account._notes(SimpleNamespace(json=lambda stage, name: written[name]))
     assert "the residual stream from blocks.5 on (up to 100000)" in notes[0]
     assert notes[1] == "The model in int8 was left out: it is not faster."
     assert notes[2] == (

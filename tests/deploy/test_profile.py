@@ -471,8 +471,9 @@ def test_devices_x86_is_the_one_that_the_machine_is_quickest_as(write, tmp_path,
 
 def test_the_profiles_in_the_readme_load(write):
     readme = (Path(__file__).parents[2] / "profiles" / "README.md").read_text()
-    profile, fleet, device = (block.split("```")[0] for block in readme.split("```yaml\n")[1:])
+    profile, zeros, fleet, device = (block.split("```")[0] for block in readme.split("```yaml\n")[1:])
     assert load_profile(write(profile)).runtime.name == "tensorrt"
+    assert load_profile(write(f"{SMALL}{zeros}")).asks_2_4
     assert list(load_fleet(write(f"{SMALL}{fleet}"))) == ["nx", "nano"]
     write(device, "board.yaml")
     assert load_profile(write(f"extends: [devices/orin-nx, board]\n{SMALL}")).device.name == "my board"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import _trt_census as census
+from . import _trt_sparse as sparse
 from ._trt_common import Refused, Send, gpu, load, logger
 from ._trt_config import RTX, Timings, add_profile, set_flags, set_targets, targets, tensor_facts
 from ._trt_refit import refit
@@ -70,6 +71,7 @@ def build(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     _let_attention_fall_apart(trt, network)
     held = census.of_network(trt, network)
     census.check_network(held, request["format"], request["weights"])
+    fitting = sparse.fitting_layers(trt, network) if request["sparse"] else []
     here, why = gpu()
     config = builder.create_builder_config()
     asked = {
@@ -80,10 +82,12 @@ def build(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
     if hasattr(config, "progress_monitor"):
         config.progress_monitor = monitor = _monitor(trt, send)  # noqa: F841  (TensorRT does not keep it alive)
     plan = builder.build_serialized_network(network, config)
-    del parser  # not before: the network reads the parser's weights
     if plan is None:
         raise Refused(*_explain(log, request))
-    counted = _counted(trt, log, plan, held, request, here)
+    inspected = None if here is None else census.inspect(trt, log, plan, request)
+    counted = _counted(plan, held, request, here, inspected)
+    found = sparse.account(log.sparsity, fitting, inspected) if request["sparse"] else None
+    del parser  # not before: the network reads the parser's weights
     with Path(request["plan"]).open("wb") as file:
         file.write(plan)
     return {
@@ -98,6 +102,7 @@ def build(request: Mapping[str, Any], send: Send) -> dict[str, Any]:
         "timing_cache": timings.keep(),
         "layers": network.num_layers,
         "census": counted,
+        "sparse": found,
     }
 
 
@@ -120,15 +125,14 @@ def _is_rtx(request: Mapping[str, Any]) -> bool:
 
 
 def _counted(
-    trt: Any,
-    log: Any,
     plan: Any,
     network: Mapping[str, Any],
     request: Mapping[str, Any],
     here: Mapping[str, Any] | None,
+    inspected: str | None,
 ) -> dict[str, Any]:
     """The census of a plan, which is refused if it is not in the precision asked for, and what proves that it is."""
-    engine = None if here is None else census.of_engine(trt, log, plan, request)
+    engine = None if inspected is None else census.of_inspection(inspected)
     proof = "network"
     if engine is not None and census.tells(engine):
         census.check_engine(engine, network, request["format"])

@@ -39,8 +39,8 @@ def of_network(trt: Any, network: Any) -> dict[str, dict[str, int]]:
     return {"tensors": dict(tensors), "weights": dict(weights)}
 
 
-def of_engine(trt: Any, log: Any, plan: Any, request: Mapping[str, Any]) -> dict[str, Any] | None:
-    """``of_inspection`` of a plan, at the shapes that its first profile is tuned for; None: it does not load."""
+def inspect(trt: Any, log: Any, plan: Any, request: Mapping[str, Any]) -> str | None:
+    """An inspector's JSON of a plan, at the shapes that its first profile is tuned for; None: it does not load."""
     runtime = trt.Runtime(log)
     runtime.engine_host_code_allowed = request["version_compatible"]  # such a plan holds code, this one is our own
     engine = runtime.deserialize_cuda_engine(plan)
@@ -51,7 +51,8 @@ def of_engine(trt: Any, log: Any, plan: Any, request: Mapping[str, Any]) -> dict
         context.set_input_shape(name, best)
     inspector = engine.create_engine_inspector()
     inspector.execution_context = context  # without it, tensors of free sizes have no formats
-    return of_inspection(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    text: str = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    return text
 
 
 def of_inspection(text: str) -> dict[str, Any]:

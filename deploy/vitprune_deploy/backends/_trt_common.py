@@ -13,6 +13,7 @@ from vitprune.errors import MissingError
 from ._cuda import open_cuda
 
 TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
+SPARSITY = "(Sparsity)"  # in lines of a log about kernels for sparse weights
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -44,16 +45,19 @@ def load(module: str) -> Any:
 
 
 def logger(trt: Any) -> Any:
-    """A logger that keeps errors, the only place where TensorRT says why."""
+    """A logger that keeps errors, the only place where TensorRT says why, and what it says of sparse weights."""
 
     class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.sparsity: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 self.errors.append(" ".join(message.split()))
+            elif SPARSITY in message:
+                self.sparsity.append(" ".join(message.split()))
 
     return Log()
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ._trt_common import TYPES, Refused
+from ._trt_sparse import allow as allow_sparse
 
 RTX = "tensorrt_rtx"
 RTX_DEFAULT = ["8.6+"]  # what its documentation promises where nothing is asked for
@@ -70,7 +71,7 @@ def _current(wanted: list[str], gpu: Mapping[str, Any] | None, why: str) -> list
 
 
 def set_flags(trt: Any, config: Any, request: Mapping[str, Any], gpu: Mapping[str, Any] | None) -> list[str]:
-    """Ask for compatibility and refitting; the names of the flags that are set."""
+    """Ask for compatibility, refitting and sparse kernels; the names of the flags that are set."""
     level, found = request["hardware_compatibility"], []
     if level != "none":
         members = {} if request["module"] == RTX else trt.HardwareCompatibilityLevel.__members__
@@ -86,6 +87,8 @@ def set_flags(trt: Any, config: Any, request: Mapping[str, Any], gpu: Mapping[st
             raise Refused("missing", "builds engines that can be refitted only where there is an NVIDIA driver")
         config.set_flag(trt.BuilderFlag.__members__[name])
         found.append(name)
+    if request["sparse"]:
+        found.append(allow_sparse(trt, config))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it the inspector says names, and no types
     return found
 

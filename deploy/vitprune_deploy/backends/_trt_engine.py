@@ -48,6 +48,7 @@ class EngineOptions:
             ``same_compute_capability``; of TensorRT, which may be slower then.
         version_compatible: later versions of TensorRT must load it too; of TensorRT, which may be slower then.
         refit: its weights can be changed. TensorRT 11.3's release notes know of such engines that lose a bias.
+        sparse: kernels that skip zeros may be used for weights of the pattern 2:4; see ``_trt_sparse``.
         workspace_mb: memory that a layer may use while it runs; None: as much as there is.
         timing_cache: folder with the timings of earlier builds, a file for each GPU and version; None: nothing is kept.
         timeout_s: after so many seconds the build is given up.
@@ -60,6 +61,7 @@ class EngineOptions:
     hardware_compatibility: str = "none"
     version_compatible: bool = False
     refit: bool = False
+    sparse: bool = False
     workspace_mb: int | None = None
     timing_cache: Path | None = None
     timeout_s: float = 3600.0
@@ -105,6 +107,7 @@ def build_engine(
         "hardware_compatibility": options.hardware_compatibility,
         "version_compatible": options.version_compatible,
         "refit": options.refit,
+        "sparse": options.sparse,
         "workspace_mb": options.workspace_mb,
         "timing_cache": str(options.timing_cache) if options.timing_cache else None,
     }

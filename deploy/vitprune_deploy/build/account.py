@@ -60,7 +60,7 @@ def collect(bench: Bench, manifest: Manifest) -> Facts:
         device=manifest.device,
         machine=found["machine"],
         versions=manifest.versions,
-        notes=tuple(_notes(bench, searched)),
+        notes=(*_notes(bench), *(manifest.weights or {}).get("notes", ())),
         profile_yaml=profile.to_yaml(),
     )
 
@@ -132,7 +132,7 @@ def _wholes(bench: Bench, searched: Mapping[str, Any]) -> list[Whole]:
     return found
 
 
-def _notes(bench: Bench, searched: Mapping[str, Any]) -> list[str]:
+def _notes(bench: Bench) -> list[str]:
     from ..export.islands import Island, sentence
 
     kept = bench.json("export", "export.json").get("islands", {}).get("model.onnx", [])

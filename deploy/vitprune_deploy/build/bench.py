@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import yaml
+
 from vitprune import parts
 from vitprune.errors import InputError, VitpruneError
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from vitprune.model.config import VitConfig
     from vitprune.model.vit import Vit
+    from vitprune.plan import Plan
     from vitprune.search.counts import TokenMethod
 
     from ..export.islands import Island
@@ -63,6 +66,7 @@ class Bench:
     folders: dict[str, Path] = field(default_factory=dict)
     others: tuple[Bench, ...] = ()
     lead: Bench | None = None
+    sparse_kernels: dict[str, Any] | None = field(default=None, init=False, repr=False)  # see ``sparse.search_kernels``
     _dense_islands: Sequence[Island] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -113,6 +117,13 @@ class Bench:
     def pruned(self) -> Vit:
         """The model that is shipped, in eval mode, once the stage ``recover`` is done."""
         return load_vit(self.folders["recover"], "model")
+
+    @property
+    def plan(self) -> Plan:
+        """What the stage ``search`` found."""
+        from vitprune.plan import Plan
+
+        return Plan.from_dict(yaml.safe_load((self.folders["search"] / "plan.yaml").read_bytes()))
 
     def method_weights(self, method: str | None) -> dict[str, Tensor]:
         """A token method's own weights, as they came with the model or were found out from images; else none."""

@@ -13,7 +13,7 @@ import yaml
 
 from ..files import canonical_sha256, sha256_file
 from ..remote.watch import watched
-from . import learned, runtimes, several
+from . import learned, runtimes, several, sparse
 from .bench import RANKINGS, Bench, write_json
 from .contest import Contest, Entry, losses_file, target
 from .embedding import measure_whole, of_dense, searched_share
@@ -159,6 +159,9 @@ def search_settings(bench: Bench) -> dict[str, Any]:
         "token_blocks": profile.prune.tokens.blocks,
         "allocation": profile.prune.allocation,
         "schedule": bench.schedule(),
+        "weights": profile.prune.weights.model_dump(mode="json", include={"pattern", "where"})
+        if profile.prune.weights.enabled
+        else None,
         "seed": profile.seed,
         "others": [sha256_file(one.folders["measure"] / "latency_table.json") for one in bench.others],
         "plan": sha256_file(bench.lead.folders["search"] / "plan.yaml") if bench.lead else None,
@@ -178,6 +181,7 @@ def search(bench: Bench, folder: Path) -> None:
     methods: list[TokenMethod | None] = [*bench.token_methods()] or [None]
     contest = [Entry(bench, method).search() for method in methods]
     best = min(contest, key=lambda one: one.held_out_loss)
+    kernels = sparse.search_kernels(bench, folder)
     landed = _land(bench, best, folder)
     method, counts = best.method.name if best.method else None, landed.chosen.point.counts
     plan = best.rankings.plan(
@@ -190,10 +194,10 @@ def search(bench: Bench, folder: Path) -> None:
         kept_qk=counts.qk,
         kept_v=counts.v,
     )
-    plan = of_dense(bench, plan)
+    plan = sparse.with_zeros(of_dense(bench, plan), bench.profile)
     (folder / "plan.yaml").write_text(yaml.safe_dump(plan.to_dict(), default_flow_style=None, sort_keys=False))
     write_json(folder / "frontier.json", frontier(best.problem.on(landed.table)))
-    write_json(folder / "search.json", _account(contest, best, landed, searched_share(bench)))
+    write_json(folder / "search.json", _account(contest, best, landed, searched_share(bench)) | {"sparse": kernels})
 
 
 def frontier(problem: Problem) -> list[dict[str, Any]]:
@@ -239,11 +243,15 @@ def measure_counts(bench: Bench, plans: list[Counts], method: TokenMethod | None
 
     profile, paths = bench.profile, {}
     folder.mkdir(parents=True, exist_ok=True)
+    kernels, dense = sparse.search_kernels(bench, folder), dense_counts(bench)
     for number, counts in enumerate(plans):
         name = f"plan-{canonical_sha256(counts.to_dict())[:12]}"
         bench.shows.progress(number, 2 * len(plans), "export candidates")
+        model = slim(bench.base, counts, method)
+        if kernels and kernels["used"] and counts != dense:  # the budget's measure has no zeros
+            model = sparse.stand_in(model, profile)
         paths[name] = export_whole(
-            slim(bench.base, counts, method),
+            model,
             folder / f"{name}.onnx",
             **served_sizes(profile, bench.dense.config.image_size),
             precision=profile.graph_precision,
@@ -262,6 +270,14 @@ def measure_counts(bench: Bench, plans: list[Counts], method: TokenMethod | None
         progress=lambda done, total, what: bench.shows.progress(total + done, 2 * total, f"time {what}"),
     )
     return [Measured(one.value_ms, one.low_ms, one.high_ms) for one in found]
+
+
+def dense_counts(bench: Bench) -> Counts:
+    """What the unpruned model has."""
+    from vitprune.search.counts import Counts
+
+    blocks = bench.dense.config.blocks
+    return Counts.dense([b.heads for b in blocks], [b.mlp for b in blocks], bench.dense.config.patches)
 
 
 def _follow(bench: Bench, lead: Bench, folder: Path) -> None:
@@ -293,6 +309,7 @@ def _follow(bench: Bench, lead: Bench, folder: Path) -> None:
         "chosen": {**found["chosen"], **row},
         "measured": [{**found["chosen"], **row}] if bench.profile.search.landings else [],
         "table": problem.table.to_dict(),
+        "sparse": sparse.search_kernels(bench, folder),
     }
     write_json(folder / "search.json", {**found, **here})
 

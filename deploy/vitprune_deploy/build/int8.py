@@ -17,7 +17,7 @@ from ..runtime import Model
 from . import runtimes
 from .bench import INT8, INT8_MODEL, Bench, write_json
 from .judge import engine_files, open_engine
-from .make import build_plan, onnx_name
+from .make import build_plan, check_2_4, onnx_name
 
 CALIBRATION = 256  # images that fixed scales are found on
 
@@ -65,6 +65,8 @@ def _make(bench: Bench, folder: Path) -> Path:
     source = bench.folders["export"] / onnx_name(profile, profile.graph_precision)
     images = bench.search_images[:CALIBRATION].numpy()
     quantize(source, path, recipe, images, frozenset(flags))
+    if recipe == "symmetric":
+        check_2_4(bench, path)
     if not runtimes.is_tensorrt(runtime.name):
         return path
     options = runtimes.engine_options(profile, bench.pruned.config, runtime.name)

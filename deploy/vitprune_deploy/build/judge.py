@@ -23,7 +23,7 @@ from ..data import batches, picked
 from ..latency.protocol import Distribution
 from ..remote.watch import watched
 from ..runtime import Model
-from . import runtimes, soundness
+from . import runtimes, soundness, sparse
 from .account import collect
 from .bench import INT8, Bench, write_json
 from .make import COMPILED, PLAIN, onnx_name
@@ -268,6 +268,7 @@ def make_manifest(bench: Bench) -> Manifest:
         "classes": bench.class_names,
         "search": {name: searched[name] for name in ("status", "reason", "method")},
         "int8": bench.json("int8", INT8),
+        "weights": sparse.account(bench),
     }
     return Manifest.model_validate(plain)
 

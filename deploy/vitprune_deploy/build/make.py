@@ -7,14 +7,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from vitprune.plan import Plan
-
 from ..files import sha256_file
 from ..profile import Profile
 from . import learned, runtimes, training
 from .bench import RANKINGS, Bench, load_vit, save_vit, write_json
+from .sparse import SLIM, WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +36,10 @@ def recover_accuracy(bench: Bench, folder: Path) -> None:
     """Cut the model down to its plan, and train what is left to answer as the dense model does."""
     import torch
 
-    slim, changed = slim_model(bench)
+    if bench.json("weights", WEIGHTS):
+        slim, changed = load_vit(bench.folders["weights"], SLIM), True
+    else:
+        slim, changed = slim_model(bench)
     if not (bench.profile.recover.enabled and changed):
         save_vit(slim, folder, "model")
         write_json(folder / "recovery.json", [])
@@ -56,18 +56,18 @@ def slim_model(bench: Bench) -> tuple[Vit, bool]:
 
     from .embedding import of_base
 
-    plan = Plan.from_dict(yaml.safe_load((bench.folders["search"] / "plan.yaml").read_bytes()))
+    plan = bench.plan
     if bench.profile.prune.learned.method:
         return learned.slim_model(bench, plan), True
     whole = dense_plan(bench.dense).blocks
-    if plan.blocks == whole and plan.embed is None:
+    if tuple(replace(block, weights=()) for block in plan.blocks) == whole and plan.embed is None:
         return load_vit(bench.folders["model"], "dense"), False
     rankings = Rankings.load(bench.folders["losses"] / RANKINGS)
     qk, v = (
         [len(dims[0]) if dims else 0 for dims in kept] for kept in zip(*((b.qk, b.v) for b in plan.blocks), strict=True)
     )
     weights = rankings.weights([len(b.heads) for b in plan.blocks], [len(b.mlp) for b in plan.blocks], qk, v)
-    kept_all = all(replace(b, patches=None) == w for b, w in zip(plan.blocks, whole, strict=True))
+    kept_all = all(replace(b, patches=None, weights=()) == w for b, w in zip(plan.blocks, whole, strict=True))
     slim = prune(bench.base, of_base(bench, plan), weights, bench.method_weights(plan.reducer))
     return slim, plan.embed is not None or not kept_all or any(b.patches for b in plan.blocks)
 
@@ -100,6 +100,7 @@ def export(bench: Bench, folder: Path) -> None:
         name: _export(bench, which, folder / name, precision, islands[name])
         for name, (which, precision) in wanted.items()
     }
+    sparse = {name: check_2_4(bench, folder / name) for name, (which, _) in wanted.items() if which is model}
     images, parity = parity_images(bench), {}
     for name, (which, precision) in wanted.items():
         found = check_parity(
@@ -113,7 +114,20 @@ def export(bench: Bench, folder: Path) -> None:
         if which is model:
             parity[precision] = asdict(found)
     kept = {name: [island._asdict() for island in found] for name, found in islands.items()}
-    write_json(folder / "export.json", {"files": info, "parity": parity, "islands": kept})
+    write_json(folder / "export.json", {"files": info, "parity": parity, "islands": kept, "sparse": sparse})
+
+
+def check_2_4(bench: Bench, path: Path) -> list[dict[str, Any]]:
+    """The products of the pruned model in an exported file that were to be 2:4, and are.
+
+    Raises:
+        NotSupported: in one of them the pattern does not hold.
+    """
+    from ..export.sparsity import check_pattern
+
+    if not bench.profile.asks_2_4:
+        return []
+    return [layer._asdict() for layer in check_pattern(path, bench.plan.patterns())]
 
 
 def onnx_name(profile: Profile, precision: str) -> str:

@@ -17,8 +17,9 @@ from ..console import Console
 from ..files import canonical_sha256
 from ..profile import Profile
 from ..stages import Stages
-from . import choose, int8, judge, learned, make, prepare, screen
+from . import choose, int8, judge, learned, make, prepare, screen, sparse
 from .bench import INT8, METHODS, RANKINGS, Bench
+from .sparse import WEIGHTS
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,11 @@ STAGES = (
         choose.search_settings, ("torch",), choose.search,
     ),
     Stage(
-        "recover", ("model", "images", "methods", "losses", "search"),
+        "weights", ("model", "images", "methods", "losses", "search"), (WEIGHTS,), sparse.weight_settings, ("torch",),
+        sparse.prune_weights,
+    ),
+    Stage(
+        "recover", ("model", "images", "methods", "losses", "search", "weights"),
         ("model.json", "model.safetensors", "recovery.json"), make.recover_settings, ("torch",), make.recover_accuracy,
     ),
     Stage(
@@ -83,7 +88,10 @@ STAGES = (
     ),
     Stage(
         "report",
-        ("model", "images", "measure", "losses", "search", "recover", "export", "engines", "int8", "validate"),
+        (
+            "model", "images", "measure", "losses", "search", "weights", "recover", "export", "engines", "int8",
+            "validate",
+        ),
         ("report.html", "manifest.json"), judge.report_settings, (), judge.report,
     ),
 )  # fmt: skip
@@ -115,9 +123,9 @@ def run(
         if fresh:
             stages.forget()
         for number, stage in enumerate(STAGES[:last], start=1):
-            if lead and stage.name == "recover":  # the same plan, the same weights
-                bench.folders["recover"] = lead.folders["recover"]
-                hashes["recover"] = canonical_sha256(hash_files(lead.folders["recover"], stage.outputs))
+            if lead and stage.name in ("weights", "recover"):  # the same plan, the same weights
+                folder = bench.folders[stage.name] = lead.folders[stage.name]
+                hashes[stage.name] = canonical_sha256(hash_files(folder, stage.outputs))
                 continue
             key = {
                 "vitprune": vitprune.__version__,

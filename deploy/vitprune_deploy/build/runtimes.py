@@ -51,7 +51,7 @@ def loader(profile: Profile) -> Loader:
 
     def load(path: Path, sizes: Mapping[str, int]) -> Backend:
         plan = path.with_name(f"{path.stem}-{'-'.join(map(str, sizes.values()))}.plan")
-        device.build(path, plan, _fixed(path, sizes, profile))
+        device.build(path, plan, fixed_options(path, sizes, profile))
         options = {**load_options(profile), "copies": not is_part(sizes)}
         return device.load("tensorrt", plan, threads=threads, options=options)
 
@@ -130,7 +130,7 @@ def asks_compatibility(profile: Profile) -> bool:
     return runtime.name == "tensorrt" and (runtime.hardware_compatibility != "none" or runtime.version_compatible)
 
 
-def _fixed(path: Path, sizes: Mapping[str, int], profile: Profile) -> EngineOptions:
+def fixed_options(path: Path, sizes: Mapping[str, int], profile: Profile) -> EngineOptions:
     """Options for one of the files that are only timed: every axis has one size."""
     from ..backends._onnx_file import axes
     from ..backends.tensorrt import EngineOptions, Shapes
@@ -151,6 +151,7 @@ def _common_options(profile: Profile, runtime: str) -> dict[str, Any]:
         "hardware_compatibility": profile.runtime.hardware_compatibility if classic else "none",
         "version_compatible": profile.runtime.version_compatible and classic,
         "refit": profile.runtime.refit,
+        "sparse": profile.asks_2_4,
         "workspace_mb": _workspace_mb(profile),
         "timing_cache": folder / "timings" if folder else None,
         "timeout_s": profile.runtime.build_timeout_s,

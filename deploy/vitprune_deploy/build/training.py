@@ -19,6 +19,7 @@ from ..console import Console
 from ..data import Augmented
 from ..profile import load_profile
 from .bench import Bench, load_vit, save_vit, write_json
+from .sparse import thinning
 
 if TYPE_CHECKING:
     from vitprune.model.vit import Vit
@@ -45,6 +46,7 @@ def train(bench: Bench, slim: Vit, folder: Path) -> None:
         RecoverSettings(wanted.max_steps, wanted.max_seconds, lr, seed=bench.profile.seed, recipe=recipe),
         progress=bench.shows.progress,
         checkpoint=bench.work / "recovery.pt",
+        thinning=thinning(bench, slim),
     )
     if PartialState().is_main_process:
         save_vit(found.model, folder, "model")

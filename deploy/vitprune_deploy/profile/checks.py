@@ -394,6 +394,8 @@ def _learned_widths_stand_alone(p: Any) -> Iterator[Problem]:
         yield "prune.embedding", "cannot go with prune.learned, which takes all channels"
     if p.search.one_plan:
         yield "search.one_plan", "cannot go with prune.learned, which aims at one device"
+    if p.prune.weights.method != "none":
+        yield "prune.weights.method", "must be none beside prune.learned, whose plans name no zeros"
     for key in ("heads", "mlp"):
         if not getattr(prune, key).enabled and (key != "heads" or method not in DIM_METHODS):
             yield f"prune.{key}.enabled", f"must be true, since {method} prunes them"
@@ -401,6 +403,31 @@ def _learned_widths_stand_alone(p: Any) -> Iterator[Problem]:
         yield "prune.head_dims.enabled", f"must be true, since {method} prunes them"
     if not prune.depth.enabled and method == "uvc":
         yield "prune.depth.enabled", f"must be true, since {method} skips blocks"
+
+
+@_rule
+def _weights_have_a_share(p: Any) -> Iterator[Problem]:
+    weights = p.prune.weights
+    if weights.method == "none":
+        for key in ("sparsity", "schedule"):
+            if getattr(weights, key) not in (None, "one-shot"):
+                yield f"prune.weights.{key}", "belongs to a method, and prune.weights.method is none"
+    elif weights.pattern == "2:4":
+        if weights.sparsity not in (None, 0.5):
+            yield "prune.weights.sparsity", f"must be 0.5 for the pattern 2:4, got {weights.sparsity}; leave it out"
+    elif weights.sparsity is None:
+        yield "prune.weights.sparsity", f"is needed for the pattern {weights.pattern}, such as 0.75"
+
+
+@_rule
+def _gradual_zeros_come_in_training(p: Any) -> Iterator[Problem]:
+    weights = p.prune.weights
+    if weights.method == "none" or weights.schedule != "gradual":
+        return
+    if not p.recover.enabled:
+        yield "prune.weights.schedule", "gradual happens in recovery, and recover.enabled is false; use one-shot"
+    if weights.pattern == "2:4":
+        yield "prune.weights.schedule", "gradual has no steps on the way to the pattern 2:4; use one-shot"
 
 
 @_rule

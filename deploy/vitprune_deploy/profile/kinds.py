@@ -62,6 +62,7 @@ VersionRange = Annotated[str, one_shape(rf"{_VERSION}(, ?{_VERSION})*", "version
 TokenMethod = Annotated[str, _part("vitprune.tokens", "auto", "none")]
 OneTokenMethod = Annotated[str, _part("vitprune.tokens")]
 StructureMethod = Annotated[str, _part("vitprune.structure")]
+WeightMethod = Annotated[str, _part("vitprune.weights", "none")]
 Criterion = Annotated[str, _part("vitprune.criteria")]
 # one file serves both: TensorRT-RTX is TensorRT under another package name
 RuntimeName = Annotated[str, _part("vitprune_deploy.backends", "tensorrt-rtx")]

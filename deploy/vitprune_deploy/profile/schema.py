@@ -6,6 +6,7 @@ in ``checks.py``.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import yaml
@@ -28,8 +29,11 @@ from .kinds import (
     StructureMethod,
     TokenMethod,
     VersionRange,
+    WeightMethod,
     one_shape,
 )
+
+SPARSE_MULTIPLE = 16  # inputs of a layer, below which NVIDIA's apex (contrib/sparsity) leaves 2:4 alone
 
 
 class Section(BaseModel):
@@ -351,6 +355,31 @@ class LearnedWidths(Section):
     )
 
 
+class Weights(Section):
+    """Single weights, which become zeros in layers of the same shape."""
+
+    method: WeightMethod = Field(default="none", description="how weights are chosen and made up for; none keeps all")
+    pattern: Literal["2:4", "block-4", "unstructured"] = Field(
+        default="2:4",
+        description="2:4, the one with kernels, in TensorRT on Ampere and later: two of every four are zero; block-4: "
+        "four neighbours go together; unstructured: any. Only 2:4 may change the latency",
+    )
+    sparsity: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="share of zeros, of block-4 and unstructured; null: 2:4's own half"
+    )
+    where: Literal["mlp", "all"] = Field(
+        default="mlp", description="the layers that get zeros: those of the MLPs, or of attention too"
+    )
+    schedule: Literal["one-shot", "gradual"] = Field(
+        default="one-shot", description="all zeros before recovery, which trains the rest, or more and more during it"
+    )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether weights are removed."""
+        return self.method != "none"
+
+
 class Prune(Section):
     """What may be pruned, and by which method."""
 
@@ -365,6 +394,7 @@ class Prune(Section):
         description="channels of the residual stream that stay, before anything is searched; lossy, since every norm "
         "then sees others, and for recovery to repair; null: all",
     )
+    weights: Weights = Field(default=Weights(), description="single weights")
     last_block: Literal["prefix", "full"] = Field(
         default="prefix",
         description="prefix: where the head reads class or distillation tokens alone, the last block is computed for "
@@ -505,5 +535,11 @@ class Profile(Section):
 
     @property
     def mlp_multiple(self) -> int:
-        """Kept hidden units of a block are multiples of it."""
-        return self.prune.mlp.multiple or self.device.alignment.mlp
+        """Kept hidden units of a block are multiples of it; of 16 as well, where kernels are to skip zeros."""
+        asked = self.prune.mlp.multiple or self.device.alignment.mlp
+        return math.lcm(asked, SPARSE_MULTIPLE) if self.asks_2_4 else asked
+
+    @property
+    def asks_2_4(self) -> bool:
+        """Whether weights are to have the pattern 2:4."""
+        return self.prune.weights.enabled and self.prune.weights.pattern == "2:4"

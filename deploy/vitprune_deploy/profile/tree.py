@@ -202,6 +202,8 @@ class _Builder:
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         """Text stays text unless it looks like a number, a boolean or null; dates stay text."""
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if kind in {"int", "float"} and node.style is None and ":" in node.value:  # 2:4 is text since YAML 1.2
+            return node.value
         try:
             if kind in {"int", "float", "bool", "null"}:
                 return _finite(yaml.SafeLoader("").construct_object(node))

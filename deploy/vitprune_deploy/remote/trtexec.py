@@ -22,6 +22,7 @@ import numpy as np
 
 from vitprune.errors import DamagedFile, InputError, MissingError
 
+from ..backends import _trt_sparse
 from ..backends._trt_sidecar import SCHEMA
 from ..backends.base import TensorSpec
 from ..backends.tensorrt import Shapes
@@ -74,6 +75,7 @@ def build_arguments(
     *,
     workspace_mb: int | None = None,
     timing_cache: str | None = None,
+    sparse: bool = False,
 ) -> list[str]:
     """Build ``plan`` from an ONNX file, in the precision that the file itself is in.
 
@@ -83,6 +85,7 @@ def build_arguments(
             which trtexec takes no shapes.
         workspace_mb: memory that a layer may use while it runs; None: as much as there is.
         timing_cache: file with the timings of earlier builds, which is made or added to.
+        sparse: kernels that skip zeros may be used for weights of the pattern 2:4, as they are in the file.
 
     Raises:
         InputError: a name or path that trtexec would split.
@@ -101,6 +104,8 @@ def build_arguments(
         arguments.append(f"--memPoolSize=workspace:{workspace_mb}")  # in MiB
     if timing_cache is not None:
         arguments.append(f"--timingCacheFile={timing_cache}")
+    if sparse:
+        arguments.append("--sparsity=enable")
     return arguments
 
 
@@ -223,6 +228,7 @@ def sidecar(
     outputs: Sequence[TensorSpec],
     profiles: Sequence[Mapping[str, Shapes]],
     precision: str | None,
+    sparse: bool = False,
 ) -> dict[str, Any]:
     """What can be known of a plan that trtexec built, under the keys that the sidecars of our own builds have.
 
@@ -235,6 +241,7 @@ def sidecar(
         inputs, outputs: of the ONNX file; trtexec does not tell their types.
         profiles: as they were asked for; for a file without free sizes, its own.
         precision: what the ONNX file is in.
+        sparse: kernels that skip zeros were allowed.
 
     Raises:
         DamagedFile: ``head`` is not that of a plan, or ``log`` is cut off.
@@ -253,8 +260,9 @@ def sidecar(
         "outputs": [one._asdict() for one in outputs],
         "profiles": [dict(profile) for profile in profiles],
         "compute_capabilities": [gpu["compute_capability"]],
-        "flags": [],
+        "flags": [_trt_sparse.FLAG] if sparse else [],
         "hardware_compatibility": "none",
+        "sparse": _trt_sparse.account(log.splitlines()) if sparse else None,
         "builder": "trtexec",
     }
 

@@ -120,7 +120,7 @@ class TrtexecBoard(Device):
         timings = f"{self._folder}/timings" if options.timing_cache else None
         arguments = trtexec.build_arguments(
             program, version, there, made, options.profiles if free else (),
-            workspace_mb=options.workspace_mb, timing_cache=timings,
+            workspace_mb=options.workspace_mb, timing_cache=timings, sparse=options.sparse,
         )  # fmt: skip
         log = self.call(arguments, onnx, timeout_s=options.timeout_s)
         self._connection.fetch(made, plan)
@@ -128,7 +128,9 @@ class TrtexecBoard(Device):
         with plan.open("rb") as file:
             head = file.read(28)
         inputs, outputs = _specs(onnx)
-        found = trtexec.sidecar(log, head, inputs, outputs, options.profiles, precision_of(onnx, options))
+        found = trtexec.sidecar(
+            log, head, inputs, outputs, options.profiles, precision_of(onnx, options), options.sparse
+        )
         found |= files_of(plan, onnx)
         write_atomic(sidecar_path(plan), json.dumps(found, indent=1) + "\n")
         return found

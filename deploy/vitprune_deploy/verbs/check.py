@@ -205,7 +205,7 @@ def _facts(bench: Bench) -> dict[str, Any]:
     """What a build will work on, and about how many seconds its stages take."""
     from vitprune.macs import macs, params
 
-    from ..build import runtimes
+    from ..build import runtimes, sparse
 
     config, device = bench.dense.config, runtimes.on(bench.profile)
     return {
@@ -216,6 +216,7 @@ def _facts(bench: Bench) -> dict[str, Any]:
         "images": {name: len(part) for name, part in bench.images._asdict().items()},
         "labelled": bench.images.test.labels is not None,
         "token_methods": [method.name for method in bench.token_methods()],
+        "weights": sparse.worth(bench.profile),
         "left_out": [e.name for e in bench.profile.runtime.also_build if not device.has(runtimes.module(e.name))],
         "estimated_seconds": estimate(bench),
     }
@@ -235,6 +236,7 @@ def _answer(profile: Profile, out: Path, errors: Sequence[VitpruneError], facts:
         ["token methods", ", ".join(facts["token_methods"]) or "none"],
         ["output", str(out)],
     ]
+    rows += [["weights", facts["weights"]]] if facts["weights"] else []
     rows += [["left out", f"the engine for {name}, which is not installed"] for name in facts["left_out"]]
     seconds = facts["estimated_seconds"]
     times = [[stage, duration(value)] for stage, value in seconds.items()]

@@ -12,8 +12,9 @@ from .answer import milliseconds, table
 
 def account(manifest: Manifest, folder: Path) -> str:
     """The verdict with its reasons, the figures, and where the files are."""
+    zeros = (manifest.weights or {}).get("notes", [])
     return "\n".join([f"{manifest.verdict}{':' if manifest.reasons else ''}", *(f"  {r}" for r in manifest.reasons), "",
-                      comparison(manifest), "", files_line(manifest, folder)])  # fmt: skip
+                      comparison(manifest), "", *zeros, files_line(manifest, folder)])  # fmt: skip
 
 
 def comparison(manifest: Manifest) -> str:
