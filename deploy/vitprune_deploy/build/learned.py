@@ -164,7 +164,8 @@ def _land(bench: Bench, trained: Trained, table: LatencyTable, folder: Path) -> 
 
     from .choose import measure_counts
 
-    rounds, share, rows = bench.profile.search.landings, trained.method.budget.share, []
+    rows: list[Row] = []
+    rounds, share = bench.profile.search.landings, trained.method.budget.share
     for number in range(1, max(1, rounds) + 1):
         try:
             found = trained.within(share)
