@@ -5,7 +5,7 @@
 
 A score is a criterion of ``vitprune/criteria`` with the exact allocation, or ``criterion/allocation``; no tokens are
 removed. Each plan is landed on this device as a build lands it, and each engine is judged on the whole test set, also
-against random's on the same images. Learned methods are those that ``LEARNERS`` names. Finished rows stay in
+against random's on the same images. Learned methods train for --learning seconds first. Finished rows stay in
 OUT/rows.jsonl: run it again after an interruption. They are written as a page of the documentation with --page
 vitprune/criteria/COMPARISON.md.
 """
@@ -13,40 +13,23 @@ vitprune/criteria/COMPARISON.md.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from _common import Rows, export, open_profile, right, searched, settings_of, timed
+from _common import Rows, export, open_profile, right, searched, settings_of
 from vitprune import parts
 from vitprune.macs import macs
 from vitprune.model.vit import Vit
-from vitprune.plan import Plan
-from vitprune.search.counts import Counts
-from vitprune.search.latency import LatencyTable
-from vitprune.surgery import dense_plan, prune
 from vitprune_deploy.build.bench import Bench, load_vit, save_vit
 from vitprune_deploy.build.make import slim_model
-from vitprune_deploy.build.sizes import sizes
 from vitprune_deploy.build.training import train
 from vitprune_deploy.latency.fingerprint import device_fingerprint, machine_state
+from vitprune_deploy.profile.checks import DIM_METHODS
 from vitprune_deploy.validate import Paired
-
-
-class Learned(NamedTuple):
-    """What a learned method gives: a plan, and the model with the weights that it was made for."""
-
-    plan: Plan
-    model: Vit
-
-
-# By name; takes a bench with its table measured, and the milliseconds that the table may predict for a plan whose last
-# block is whole. It is computed for the class token alone afterwards, as those of the scores' plans are.
-LEARNERS: dict[str, Callable[[Bench, float], Learned]] = {}
 
 PUBLISHED = ["savit/savit", "nvit/nvit", "taylor/global", "taylor/per_kind", "taylor/uniform", "taylor/greedy"]
 BLOCKS_ALONE = ["prune.heads.enabled=false", "prune.mlp.enabled=false"]
@@ -65,9 +48,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="quickstart")
     parser.add_argument("--scores", nargs="+", default=[*map(usual, parts.names("vitprune.criteria")), *PUBLISHED])
-    parser.add_argument("--learned", nargs="*", default=list(LEARNERS))
+    parser.add_argument("--learned", nargs="*", default=parts.names("vitprune.structure"))
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0])
     parser.add_argument("--recovery", type=float, default=60.0, help="seconds of training")
+    parser.add_argument("--learning", type=float, default=60.0, help="seconds in which a method learns")
     parser.add_argument("--one-shot", action="store_true", help="train nothing")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as vitprune-deploy takes it")
     parser.add_argument("--out", type=Path, required=True)
@@ -99,9 +83,8 @@ class Comparison:
 
     def run(self) -> None:
         for name in [*self.options.scores, *self.options.learned]:
-            make = self._learned if name in self.options.learned else self._scored
             for speedup in self.options.speedups:
-                first = self.rows.get(f"{name} {speedup:g}x {STATES[0]}", partial(make, name, speedup))
+                first = self.rows.get(f"{name} {speedup:g}x {STATES[0]}", partial(self._pruned, name, speedup))
                 print(line(first), flush=True)
                 if not self.options.one_shot:
                     again = partial(self._trained, name, speedup, first)
@@ -114,30 +97,22 @@ class Comparison:
         """The product's own pipeline, in one folder for all rows: the table is measured once."""
         return searched(self._profile(speedup, more), self.out / "work", until)
 
-    def _scored(self, name: str, speedup: float) -> dict[str, Any]:
-        """A row of a score: pruned, not trained."""
-        criterion, _, rule = name.partition("/")
-        more = [f"prune.criterion={criterion}", f"prune.allocation={rule or 'exact'}"]
-        bench = self._bench(speedup, more + (BLOCKS_ALONE if criterion == "bi" else []), "search")
+    def _pruned(self, name: str, speedup: float) -> dict[str, Any]:
+        """A row as it comes: of a score not trained, of a learned method with the weights that it learned beside."""
+        bench = self._bench(speedup, self._overrides(name), "search")
         found, slim = bench.json("search", "search.json"), slim_model(bench)[0]
         times = {"ms": found["chosen"]["measured_ms"], "dense_ms": found["dense_ms"]}
         said = found["dense_ms"] / found["chosen"]["predicted_ms"]
         return self._judged(f"{name} {speedup:g}x", bench, slim, {**times, "predicted": said, "how": found["status"]})
 
-    def _learned(self, name: str, speedup: float) -> dict[str, Any]:
-        """A row of a learned method: pruned by the plan that it learned, with the weights that it has then."""
-        bench = self._bench(speedup, [], "measure")
-        table = LatencyTable.from_dict(bench.json("measure", "latency_table.json"))
-        dense = dense_plan(bench.dense)
-        whole_ms, early_ms = (table.predict_ms(counts_of(plan)) for plan in (dense, ending_early(dense, bench)))
-        found = LEARNERS[name](bench, whole_ms / speedup + whole_ms - early_ms)
-        plan, row = ending_early(found.plan, bench), f"{name} {speedup:g}x"
-        slim = prune(found.model, plan)
-        paths = {"dense": self._engine("dense", bench.dense, bench), "it": self._engine(row, slim, bench)}
-        times = timed(paths, bench.profile, bench.profile.seed, bench.profile.measure.max_seconds or 60.0)
-        said = whole_ms / table.predict_ms(counts_of(plan))
-        measured = {"ms": times[1].value_ms, "dense_ms": times[0].value_ms, "predicted": said, "how": "learned"}
-        return self._judged(row, bench, slim, measured)
+    def _overrides(self, name: str) -> list[str]:
+        """What a profile says to get a score, or a learned method."""
+        if name in self.options.learned:
+            dims = ["prune.head_dims.enabled=true"] if name in DIM_METHODS else []
+            return [f"prune.learned.method={name}", f"prune.learned.max_seconds={self.options.learning}", *dims]
+        criterion, _, rule = name.partition("/")
+        more = [f"prune.criterion={criterion}", f"prune.allocation={rule or 'exact'}"]
+        return more + (BLOCKS_ALONE if criterion == "bi" else [])
 
     def _trained(self, name: str, speedup: float, first: dict[str, Any]) -> dict[str, Any]:
         """The same plan after the short training; its latency is that of the same graph."""
@@ -171,7 +146,11 @@ class Comparison:
         """All finished rows as Markdown, a table for each speed-up, best first."""
         device = device_fingerprint("onnxruntime", "cpu", 2)
         text = ABOUT.format(
-            cpu=device["cpu"], cores=device["cores"], profile=self.options.profile, seconds=self.options.recovery
+            cpu=device["cpu"],
+            cores=device["cores"],
+            profile=self.options.profile,
+            seconds=self.options.recovery,
+            learning=self.options.learning,
         )
         for speedup in self.options.speedups:
             rows = [row for row in self.rows.rows.values() if row["row"].split()[1] == f"{speedup:g}x"]
@@ -188,7 +167,7 @@ class Comparison:
         against = "" if self._is_random(row) else f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]{'' if above else ' no'}"
         figures = f"{row['top1']:.2f}", f"{row['dense_ms'] / row['ms']:.2f}", f"{row['predicted']:.2f}"
         shape = " ".join(f"{h}/{m}" for h, m in zip(row["heads"], row["mlp"], strict=True))
-        rule = rule or ("" if name in LEARNERS else "exact")
+        rule = rule or ("learned" if name in parts.names("vitprune.structure") else "exact")
         return f"`{criterion}`", rule, state, *figures, f"{100 * row['macs']:.0f}", against, shape
 
     def _gain(self, row: dict[str, Any]) -> tuple[float, float, float, bool]:
@@ -223,19 +202,6 @@ def ranked(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["top1"])
 
 
-def ending_early(plan: Plan, bench: Bench) -> Plan:
-    """The plan with its last block computed for the class token alone, where the profile's plans have it so."""
-    if 0 not in sizes(bench).patches:
-        return plan
-    return replace(plan, blocks=(*plan.blocks[:-1], replace(plan.blocks[-1], patches=0)))
-
-
-def counts_of(plan: Plan) -> Counts:
-    """How much a plan keeps of each block."""
-    heads, mlp = (tuple(len(getattr(block, kind)) for block in plan.blocks) for kind in ("heads", "mlp"))
-    return Counts(heads, mlp, tuple(plan.patches_after()))
-
-
 def line(row: dict[str, Any]) -> str:
     shape = " ".join(f"{h}/{m}" for h, m in zip(row["heads"], row["mlp"], strict=True))
     return (
@@ -254,7 +220,8 @@ Written by `tools/bench_structure.py` from the model and images of `profiles/{pr
 pruned, all tokens stay, each plan is landed on the machine that measures, and every engine (ONNX Runtime) is judged on
 the 10,000 test images. *Trained*: {seconds:g} seconds of distillation, alike for all. *Exact*: the search shares the
 budget by measured losses and times, and the score says which units of a half go; the other allocations are the
-published ones of `vitprune/search/allocation.py`, which go by scores alone. *Predicted* is the latency table's word for
+published ones of `vitprune/search/allocation.py`, which go by scores alone. *Learned*: the method has trained weights
+and widths for {learning:g} seconds before its row *as it comes*. *Predicted* is the latency table's word for
 the speed-up. *Above random*: points of top-1 more than random's engine has on the same images, with the paired 95%
 interval; *no* where it is not clear of 0. {cpu}, {cores} cores, shared with others: speed-ups are uncertain by several
 percent. One small model ranks no scores for others.
