@@ -367,7 +367,7 @@ def test_the_methods_that_are_searched_are_two_at_most(profile, tmp_path, asked,
     lines = []
     bench = SimpleNamespace(
         candidates=lambda: [TokenMethod.of(name, kinds[name]) for name in names],
-        dense=tiny.tiny_vit(depth=4), search_images=tiny.images(8), shows=SimpleNamespace(say=lines.append),
+        base=tiny.tiny_vit(depth=4), search_images=tiny.images(8), shows=SimpleNamespace(say=lines.append),
         profile=profile(),
     )  # fmt: skip
     screen.screen(bench, tmp_path)

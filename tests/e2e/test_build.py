@@ -224,7 +224,7 @@ def test_several_devices_are_built_in_one_go_and_share_what_no_device_decides(bu
     assert list(said["devices"]) == ["plain", "strict"]
     works = [stage_folders(tmp_path / "out" / name) for name in said["devices"]]
     shared = {name for name in works[0] if name in works[1]}
-    assert {name.rpartition("-")[0] for name in shared} == {"model", "images", "methods", "measure", "losses"}
+    assert {name.rpartition("-")[0] for name in shared} == {"model", "images", "methods", "measure", "learn", "losses"}
     speedups = [load(tmp_path / "out" / name) for name in said["devices"]]
     assert len(speedups) == 2
     assert "strict/report.html" in (tmp_path / "out" / "report.html").read_text()

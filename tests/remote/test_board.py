@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import signal
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from vitprune_deploy.latency.protocol import measure
 from vitprune_deploy.latency.visits import Subject
 from vitprune_deploy.remote import board as boards
 from vitprune_deploy.remote.board import Board
+from vitprune_deploy.remote.bundle import bundle
 from vitprune_deploy.remote.connection import Lost
 from vitprune_deploy.remote.registry import Device
 
@@ -89,6 +92,29 @@ def test_a_connection_that_is_cut_is_made_again_and_the_model_loaded_again(board
             sshd.kill_connections()
             np.testing.assert_array_equal(model.run(batch), wanted)
             assert run() > 0
+
+
+def test_a_board_that_was_let_go_while_nobody_asked_is_taken_again(board, exported, monkeypatch):
+    """As in a training that takes longer than the runner waits."""
+    monkeypatch.setattr(boards, "bundle", impatient)
+    path, batch, wanted = exported
+    with board.load("onnxruntime", path, threads=1) as model:
+        np.testing.assert_array_equal(model.run(batch), wanted)
+        end_s = time.monotonic() + 10
+        while children_named(board._registered.folder) and time.monotonic() < end_s:
+            time.sleep(0.1)
+        assert not children_named(board._registered.folder)
+        np.testing.assert_array_equal(model.run(batch), wanted)
+
+
+def impatient():
+    """The program for boards, which waits a second in place of ten minutes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(bundle())) as usual, zipfile.ZipFile(buffer, "w") as archive:
+        for name in usual.namelist():
+            text = usual.read(name).decode().replace("IDLE_S = 600.0", "IDLE_S = 1.0")
+            archive.writestr(name, text.replace("POLL_S = 5.0", "POLL_S = 0.2"))
+    return buffer.getvalue()
 
 
 def test_a_board_that_is_rebooted_and_forgets_its_files_is_fed_again(board, registered, sshd, exported, monkeypatch):

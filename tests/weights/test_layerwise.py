@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from synthetic import correlated, layer_reading, random
+from layer_problems import correlated, layer_reading, random
 
 from vitprune.weights import _columns
 from vitprune.weights.base import Pattern

@@ -6,7 +6,7 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
-from synthetic import closed_form, correlated, layer_with, random
+from layer_problems import closed_form, correlated, layer_with, random
 
 from vitprune.weights import _fisher
 from vitprune.weights._fisher import inverted

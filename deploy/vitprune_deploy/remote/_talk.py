@@ -9,6 +9,7 @@ from vitprune.errors import MissingError
 
 from ._link import CLOSE_S, GRACE_S, Link, Lost, Process
 from ._loop import wait_for
+from .runner import LET_GO
 
 SAID_LINES = 20
 
@@ -73,7 +74,7 @@ class Talk:
         await asyncio.wait({self._listening}, timeout=GRACE_S)
         code = self._process.ssh.returncode
         await self._process.stop()
-        if await self._link.went_down(code):
+        if code == LET_GO or await self._link.went_down(code):
             return Lost(self._link.host)
         how = "closed its output" if code is None else f"ended with code {code}"
         last = f": {self.said[-1]}" if self.said else ""

@@ -43,6 +43,7 @@ from ._tools import raw_state
 KINDS = {"missing": MissingError, "damaged": DamagedFile, "unsupported": NotSupported, "input": InputError}
 IDLE_S = 600.0  # after which a runner that holds the board for nobody ends
 POLL_S = 5.0
+LET_GO = 75  # the code it ends with then: nothing failed, and it may be started again
 
 
 class Runner:
@@ -329,13 +330,17 @@ def _answered(runner: Runner, line: bytes) -> dict[str, Any]:
 
 
 def _next_line(stream: IO[bytes], runner: Runner) -> bytes:
-    """The next request; empty when the workstation is gone, or has left the board locked without a word."""
+    """The next request; empty when the workstation is gone.
+
+    Raises:
+        SystemExit: it has left the board locked without a word.
+    """
     line, idle_s = b"", 0.0
     while not line.endswith(b"\n"):
         ready, _, _ = select.select([stream], [], [], POLL_S)
         idle_s = 0.0 if ready else idle_s + POLL_S
         if idle_s >= IDLE_S and runner.holds:
-            return b""
+            sys.exit(LET_GO)
         if ready:
             piece = stream.read(1 << 16)
             if not piece:
