@@ -16,6 +16,8 @@ budget: {{speedup: 1.5, threads: 1}}
 accuracy: {{min_agreement: 2}}
 prune:
   tokens: {{levels: 5}}
+  heads: {{multiple: 2}}  # fewer parts to export and measure
+  mlp: {{multiple: 96}}
 search: {{probe_images: 16, holdout_images: 16, evaluations: 8, landings: 1}}
 measure: {{max_seconds: 12, relative_half_width: 0.1}}
 recover: {{max_steps: 4, batch: 8}}

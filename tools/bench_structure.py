@@ -82,7 +82,7 @@ class Comparison:
         self.kept.mkdir(exist_ok=True)
 
     def run(self) -> None:
-        for name in [*self.options.scores, *self.options.learned]:
+        for name in [*self.options.scores, *(f"{name}/learned" for name in self.options.learned)]:
             for speedup in self.options.speedups:
                 first = self.rows.get(f"{name} {speedup:g}x {STATES[0]}", partial(self._pruned, name, speedup))
                 print(line(first), flush=True)
@@ -107,10 +107,10 @@ class Comparison:
 
     def _overrides(self, name: str) -> list[str]:
         """What a profile says to get a score, or a learned method."""
-        if name in self.options.learned:
-            dims = ["prune.head_dims.enabled=true"] if name in DIM_METHODS else []
-            return [f"prune.learned.method={name}", f"prune.learned.max_seconds={self.options.learning}", *dims]
         criterion, _, rule = name.partition("/")
+        if rule == "learned":
+            dims = ["prune.head_dims.enabled=true"] if criterion in DIM_METHODS else []
+            return [f"prune.learned.method={criterion}", f"prune.learned.max_seconds={self.options.learning}", *dims]
         more = [f"prune.criterion={criterion}", f"prune.allocation={rule or 'exact'}"]
         return more + (BLOCKS_ALONE if criterion == "bi" else [])
 
@@ -167,8 +167,7 @@ class Comparison:
         against = "" if self._is_random(row) else f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]{'' if above else ' no'}"
         figures = f"{row['top1']:.2f}", f"{row['dense_ms'] / row['ms']:.2f}", f"{row['predicted']:.2f}"
         shape = " ".join(f"{h}/{m}" for h, m in zip(row["heads"], row["mlp"], strict=True))
-        rule = rule or ("learned" if name in parts.names("vitprune.structure") else "exact")
-        return f"`{criterion}`", rule, state, *figures, f"{100 * row['macs']:.0f}", against, shape
+        return f"`{criterion}`", rule or "exact", state, *figures, f"{100 * row['macs']:.0f}", against, shape
 
     def _gain(self, row: dict[str, Any]) -> tuple[float, float, float, bool]:
         """Points of top-1 above random's on the same images with their 95% interval, and whether that is above 0."""

@@ -27,7 +27,7 @@ SMALL = [
     "model.pretrained=false",
     "model.args={img_size: 32, patch_size: 4, embed_dim: 48, depth: 3, num_heads: 4, num_classes: 3}",
     "input.image_size=32", "data.calibration.images=48", "accuracy={min_agreement: 2}",
-    "prune.tokens={method: [evit, tome], levels: 5}",
+    "prune.tokens={method: [evit, tome], levels: 5}", "prune.heads.multiple=2", "prune.mlp.multiple=96",
     "search={probe_images: 16, holdout_images: 16, evaluations: 8, landings: 1}",
     "measure={max_seconds: 12, relative_half_width: 0.1}", "recover={max_steps: 4, batch: 8}",
     "validation={runs: 40, max_seconds: 10, parity_images: 8}",
