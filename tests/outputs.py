@@ -8,9 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tiny
 
+from vitprune.surgery import reduce_tokens
 from vitprune_deploy.artifact import Manifest, hash_files
+from vitprune_deploy.backends.onnxruntime import OnnxRuntime
 from vitprune_deploy.data import Preprocess
 from vitprune_deploy.export.onnx import export_onnx
 
@@ -27,6 +30,15 @@ def exported(batch: int | tuple[int, int], image_size: tuple[tuple[int, int], tu
         model = tiny.tiny_vit(dynamic_image_size=image_size is not None)
         export_onnx(model, path, batch=batch, image_size=image_size)
         return path.read_bytes()
+
+
+def token_pruned(folder: Path, count: int) -> tuple[Path, np.ndarray, np.ndarray]:
+    """A token-pruned model as ONNX in ``folder``, ``count`` images for it, and ONNX Runtime's answers."""
+    path = folder / "model.onnx"
+    export_onnx(reduce_tokens(tiny.tiny_vit(depth=3), "evit", {1: 30}), path)
+    batch = tiny.images(count).numpy()
+    with OnnxRuntime.load(path, threads=1) as model:
+        return path, batch, model.run(batch)
 
 
 def written(

@@ -7,17 +7,14 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from tiny import images, tiny_vit
+from outputs import token_pruned
 
 from vitprune import parts
 from vitprune.errors import DamagedFile, InputError, MissingError, NotSupported
-from vitprune.surgery import reduce_tokens
 from vitprune_deploy.backends import _onnx_file
 from vitprune_deploy.backends import openvino as backend
 from vitprune_deploy.backends.base import Backend, TensorSpec
-from vitprune_deploy.backends.onnxruntime import OnnxRuntime
 from vitprune_deploy.backends.openvino import OpenVino
-from vitprune_deploy.export.onnx import export_onnx
 
 here = pytest.mark.skipif(not find_spec("openvino"), reason="openvino is not installed")
 
@@ -25,11 +22,7 @@ here = pytest.mark.skipif(not find_spec("openvino"), reason="openvino is not ins
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A token-pruned model as ONNX, images for it and ONNX Runtime's answers."""
-    path = tmp_path_factory.mktemp("openvino") / "model.onnx"
-    export_onnx(reduce_tokens(tiny_vit(depth=3), "evit", {1: 30}), path)
-    batch = images(5).numpy()
-    with OnnxRuntime.load(path, threads=1) as model:
-        return path, batch, model.run(batch)
+    return token_pruned(tmp_path_factory.mktemp("openvino"), 5)
 
 
 @here

@@ -10,15 +10,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from tiny import images, tiny_vit
+from outputs import token_pruned
 
 from vitprune.errors import DamagedFile, InputError, MissingError
-from vitprune.surgery import reduce_tokens
 from vitprune_deploy.backends import _ort_plugins as plugins
 from vitprune_deploy.backends import onnxruntime as backend
 from vitprune_deploy.backends.onnxruntime import OnnxRuntime
 from vitprune_deploy.build import make
-from vitprune_deploy.export.onnx import export_onnx
 from vitprune_deploy.latency.fingerprint import device_fingerprint
 from vitprune_deploy.profile import load_profile
 
@@ -40,11 +38,7 @@ here = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A token-pruned model as ONNX, images for it and the CPU provider's answers."""
-    path = tmp_path_factory.mktemp("plugins") / "model.onnx"
-    export_onnx(reduce_tokens(tiny_vit(depth=3), "evit", {1: 30}), path)
-    batch = images(5).numpy()
-    with OnnxRuntime.load(path, threads=1) as model:
-        return path, batch, model.run(batch)
+    return token_pruned(tmp_path_factory.mktemp("plugins"), 5)
 
 
 def openvino(precision, **more):

@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from outputs import token_pruned
 from sshd import Board, Server, logged_in_from, serving
-from tiny import images, tiny_vit
-
-from vitprune.surgery import reduce_tokens
-from vitprune_deploy.backends.onnxruntime import OnnxRuntime
-from vitprune_deploy.export.onnx import export_onnx
 
 
 @pytest.fixture(scope="session")
@@ -29,8 +25,4 @@ def sshd(sshd_server, tmp_path, monkeypatch) -> Board:
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """A token-pruned model as ONNX, images for it, and the answers of this process."""
-    path = tmp_path_factory.mktemp("model") / "model.onnx"
-    export_onnx(reduce_tokens(tiny_vit(depth=3), "evit", {1: 30}), path)
-    batch = images(5).numpy()
-    with OnnxRuntime.load(path, threads=1) as model:
-        return path, batch, model.run(batch)
+    return token_pruned(tmp_path_factory.mktemp("model"), 5)

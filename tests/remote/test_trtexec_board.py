@@ -11,14 +11,11 @@ import sys
 
 import numpy as np
 import pytest
-from tiny import images, tiny_vit
+from outputs import token_pruned
 
 from vitprune.errors import InputError, MissingError, NotSupported
-from vitprune.surgery import reduce_tokens
 from vitprune_deploy import cli
-from vitprune_deploy.backends.onnxruntime import OnnxRuntime
 from vitprune_deploy.backends.tensorrt import EngineOptions, Shapes, read_sidecar
-from vitprune_deploy.export.onnx import export_onnx
 from vitprune_deploy.latency.protocol import measure
 from vitprune_deploy.latency.visits import Subject
 from vitprune_deploy.remote import registry, trtexec
@@ -77,11 +74,7 @@ print("&&&& PASSED TensorRT.trtexec [TensorRT v100300]")
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "model.onnx"
-    export_onnx(reduce_tokens(tiny_vit(depth=3), "evit", {1: 30}), path)
-    batch = images(4).numpy()
-    with OnnxRuntime.load(path, threads=1) as model:
-        return path, batch, model.run(batch)
+    return token_pruned(tmp_path_factory.mktemp("model"), 4)
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from . import learned, runtimes, several, sparse
 from .bench import RANKINGS, Bench, write_json
 from .contest import Contest, Entry, losses_file, target
 from .embedding import measure_whole, of_dense, searched_share
-from .make import served_dialect, served_sizes
-from .sizes import sizes
+from .make import export_to_time, served_dialect
+from .sizes import dense_counts, sizes
 
 if TYPE_CHECKING:
     from vitprune.search.counts import Counts, TokenMethod
@@ -239,7 +239,7 @@ def measure_counts(bench: Bench, plans: list[Counts], method: TokenMethod | None
     """The time of each plan, interleaved, as it would be shipped; their files stay in ``folder`` for the next call."""
     from vitprune.search.landing import Measured
 
-    from ..latency.wholes import export_whole, measure_models, slim
+    from ..latency.wholes import measure_models, slim
 
     profile, paths = bench.profile, {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -250,14 +250,7 @@ def measure_counts(bench: Bench, plans: list[Counts], method: TokenMethod | None
         model = slim(bench.base, counts, method)
         if kernels and kernels["used"] and counts != dense:  # the budget's measure has no zeros
             model = sparse.stand_in(model, profile)
-        paths[name] = export_whole(
-            model,
-            folder / f"{name}.onnx",
-            **served_sizes(profile, bench.dense.config.image_size),
-            precision=profile.graph_precision,
-            **served_dialect(profile, profile.graph_precision),
-            islands=bench.islands(bench.base, profile.graph_precision),
-        )
+        paths[name] = export_to_time(bench, model, folder / f"{name}.onnx", like=bench.base)
     limit = profile.measure.max_seconds
     found = measure_models(
         paths,
@@ -270,14 +263,6 @@ def measure_counts(bench: Bench, plans: list[Counts], method: TokenMethod | None
         progress=lambda done, total, what: bench.shows.progress(total + done, 2 * total, f"time {what}"),
     )
     return [Measured(one.value_ms, one.low_ms, one.high_ms) for one in found]
-
-
-def dense_counts(bench: Bench) -> Counts:
-    """What the unpruned model has."""
-    from vitprune.search.counts import Counts
-
-    blocks = bench.dense.config.blocks
-    return Counts.dense([b.heads for b in blocks], [b.mlp for b in blocks], bench.dense.config.patches)
 
 
 def _follow(bench: Bench, lead: Bench, folder: Path) -> None:

@@ -15,7 +15,7 @@ from vitprune.errors import VitpruneError
 
 from . import runtimes
 from .bench import CHANNELS, Bench, write_json
-from .make import served_dialect, served_sizes
+from .make import export_to_time
 
 if TYPE_CHECKING:
     from vitprune.plan import Plan
@@ -64,7 +64,7 @@ def of_base(bench: Bench, plan: Plan) -> Plan:
 
 def measure_whole(bench: Bench, folder: Path) -> None:
     """Time the dense model and the searched one beside each other, where they differ."""
-    from ..latency.wholes import export_whole, measure_models
+    from ..latency.wholes import measure_models
 
     profile = bench.profile
     if bench.base is bench.dense:
@@ -72,14 +72,7 @@ def measure_whole(bench: Bench, folder: Path) -> None:
     files = folder / "wholes"
     files.mkdir()
     paths = {
-        name: export_whole(
-            model,
-            files / f"{name}.onnx",
-            **served_sizes(profile, model.config.image_size),
-            precision=profile.graph_precision,
-            **served_dialect(profile, profile.graph_precision),
-            islands=bench.islands(model, profile.graph_precision),
-        )
+        name: export_to_time(bench, model, files / f"{name}.onnx", like=model)
         for name, model in (("dense", bench.dense), ("base", bench.base))
     }
     times = measure_models(

@@ -18,7 +18,7 @@ from vitprune.errors import InputError
 
 from . import several
 from .bench import Bench, load_vit, save_vit, save_weights, write_json
-from .sizes import multiples_of_units, sizes
+from .sizes import dense_counts, multiples_of_units, sizes
 from .training import LR, batches
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _method(bench: Bench) -> tuple[Vit, StructureMethod]:
 def _budget(bench: Bench, table: LatencyTable) -> Budget:
     from vitprune.budgets import latency_budget
 
-    predicted_ms = table.predict_ms(_dense_counts(bench))
+    predicted_ms = table.predict_ms(dense_counts(bench))
     wanted_ms = min(several.budget_ms(bench, predicted_ms), predicted_ms)
     return latency_budget(bench.dense.config, table, wanted_ms, last_for_prefix=_prefix_only(bench))
 
@@ -176,7 +176,7 @@ def _land(bench: Bench, trained: Trained, table: LatencyTable, folder: Path) -> 
         if _prefix_only(bench):
             *before, last = found.plan.blocks
             found = found._replace(plan=replace(found.plan, blocks=(*before, replace(last, patches=0))))
-        plans = [_dense_counts(bench), _counts(found.plan, trained.model)]
+        plans = [dense_counts(bench), _counts(found.plan, trained.model)]
         points = [_point(counts, table, found.checks[-1].loss * bool(place)) for place, counts in enumerate(plans)]
         if rounds:
             times = measure_counts(bench, plans, None, folder / "candidates")
@@ -209,13 +209,6 @@ def _table(bench: Bench) -> LatencyTable:
     from vitprune.search.latency import LatencyTable
 
     return LatencyTable.from_dict(bench.json("measure", "latency_table.json"))
-
-
-def _dense_counts(bench: Bench) -> Counts:
-    from vitprune.search.counts import Counts
-
-    blocks = bench.dense.config.blocks
-    return Counts.dense([b.heads for b in blocks], [b.mlp for b in blocks], bench.dense.config.patches)
 
 
 def _counts(plan: Plan, model: Vit) -> Counts:

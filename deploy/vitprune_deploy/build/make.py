@@ -252,6 +252,25 @@ def _export(bench: Bench, model: Vit, path: Path, precision: str, islands: Seque
     return asdict(info)
 
 
+def export_to_time(bench: Bench, model: Vit, path: Path, *, like: Vit) -> Path:
+    """A model that is only timed, as it would be shipped; a file that is there already is taken for it.
+
+    Args:
+        like: the model whose islands of fp32 it has.
+    """
+    from ..latency.wholes import export_whole
+
+    profile = bench.profile
+    return export_whole(
+        model,
+        path,
+        **served_sizes(profile, model.config.image_size),
+        precision=profile.graph_precision,
+        **served_dialect(profile, profile.graph_precision),
+        islands=bench.islands(like, profile.graph_precision),
+    )
+
+
 def served_dialect(profile: Profile, precision: str) -> dict[str, Any]:
     """The operators of what is shipped in ``precision``, as arguments of ``export_onnx``."""
     from ..export.precision import opset_for, ort_attention

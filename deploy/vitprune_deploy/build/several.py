@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from .bench import Bench
+from .sizes import dense_counts
 
 if TYPE_CHECKING:
     from vitprune.search.counts import Counts
@@ -31,15 +32,12 @@ def searched_table(bench: Bench) -> LatencyTable:
 
 def dense_ms(bench: Bench) -> float:
     """The dense model's time as it was measured with the table; as the table predicts it, where it was recorded."""
-    from vitprune.search.counts import Counts
     from vitprune.search.latency import LatencyTable
 
     wholes = bench.json("measure", "wholes.json")
     if wholes:
         return float(wholes[0][1]["value_ms"])
-    table, blocks = LatencyTable.from_dict(bench.json("measure", "latency_table.json")), bench.dense.config.blocks
-    heads, units = [block.heads for block in blocks], [block.mlp for block in blocks]
-    return table.predict_ms(Counts.dense(heads, units, bench.dense.config.patches))
+    return LatencyTable.from_dict(bench.json("measure", "latency_table.json")).predict_ms(dense_counts(bench))
 
 
 def anchors(bench: Bench) -> list[Timed]:

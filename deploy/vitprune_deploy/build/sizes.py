@@ -8,7 +8,7 @@ from ..profile import Profile
 from .bench import Bench
 
 if TYPE_CHECKING:
-    from vitprune.search.counts import Sizes
+    from vitprune.search.counts import Counts, Sizes
 
 MOST_WIDTHS = 12  # of an MLP: between them the loss curve is as good as straight
 MOST_DIMS = 4  # of a head's queries and keys, and of its values: each pair of them is a choice for each number of heads
@@ -79,3 +79,11 @@ def multiples_of_units(profile: Profile, units: int, dims: int) -> tuple[int, in
 def _step(size: int, multiple: int, most: int) -> int:
     """The smallest step that is a multiple of ``multiple`` and makes at most ``most`` sizes up to ``size``."""
     return multiple * max(1, -(-size // (multiple * most)))
+
+
+def dense_counts(bench: Bench) -> Counts:
+    """What the unpruned model has."""
+    from vitprune.search.counts import Counts
+
+    blocks = bench.dense.config.blocks
+    return Counts.dense([b.heads for b in blocks], [b.mlp for b in blocks], bench.dense.config.patches)

@@ -151,19 +151,11 @@ def _looked_up(bench: Bench, folder: Path) -> dict[str, Any]:
 
 def _probe(bench: Bench, folder: Path) -> Mapping[str, Any]:
     """What the builder says of kernels that skip zeros, for the dense shapes at the budget's batch."""
-    from ..latency.wholes import export_whole
-    from .make import served_dialect, served_sizes
+    from .make import export_to_time
 
     profile = bench.profile
     onnx, plan = folder / f"{PROBE}.onnx", folder / f"{PROBE}.plan"
-    export_whole(
-        stand_in(bench.base, profile),
-        onnx,
-        **served_sizes(profile, bench.dense.config.image_size),
-        precision=profile.graph_precision,
-        **served_dialect(profile, profile.graph_precision),
-        islands=bench.islands(bench.base, profile.graph_precision),
-    )
+    export_to_time(bench, stand_in(bench.base, profile), onnx, like=bench.base)
     height, width = bench.dense.config.image_size
     sizes = {"batch": profile.batch, "height": height, "width": width}
     sidecar = runtimes.on(profile).build(onnx, plan, runtimes.fixed_options(onnx, sizes, profile))
