@@ -5,7 +5,7 @@
 
 A score is a criterion of ``vitprune/criteria`` with the exact allocation, or ``criterion/allocation``; no tokens are
 removed. Each plan is landed on this device as a build lands it, and each engine is judged on the whole test set, also
-against random's on the same images. Learned methods train for --learning seconds first. Finished rows stay in
+against random's on the same images. Learned methods train for --learning steps first. Finished rows stay in
 OUT/rows.jsonl: run it again after an interruption. They are written as a page of the documentation with --page
 vitprune/criteria/COMPARISON.md.
 """
@@ -40,7 +40,8 @@ SHORT = [
     "measure.max_seconds=40",
     "search.evaluations=24",
     "search.max_seconds=10",
-    "recover.max_seconds={recovery}",
+    "recover.max_steps={recovery}",
+    "recover.max_seconds=3600",
 ]
 
 
@@ -50,8 +51,8 @@ def main() -> None:
     parser.add_argument("--scores", nargs="+", default=[*map(usual, parts.names("vitprune.criteria")), *PUBLISHED])
     parser.add_argument("--learned", nargs="*", default=parts.names("vitprune.structure"))
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0])
-    parser.add_argument("--recovery", type=float, default=60.0, help="seconds of training")
-    parser.add_argument("--learning", type=float, default=60.0, help="seconds in which a method learns")
+    parser.add_argument("--recovery", type=int, default=400, help="steps of training")
+    parser.add_argument("--learning", type=int, default=600, help="steps in which a method learns")
     parser.add_argument("--one-shot", action="store_true", help="train nothing")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as vitprune-deploy takes it")
     parser.add_argument("--out", type=Path, required=True)
@@ -110,7 +111,7 @@ class Comparison:
         criterion, _, rule = name.partition("/")
         if rule == "learned":
             dims = ["prune.head_dims.enabled=true"] if criterion in DIM_METHODS else []
-            return [f"prune.learned.method={criterion}", f"prune.learned.max_seconds={self.options.learning}", *dims]
+            return [f"prune.learned.method={criterion}", f"prune.learned.max_steps={self.options.learning}", *dims]
         more = [f"prune.criterion={criterion}", f"prune.allocation={rule or 'exact'}"]
         return more + (BLOCKS_ALONE if criterion == "bi" else [])
 
@@ -149,7 +150,7 @@ class Comparison:
             cpu=device["cpu"],
             cores=device["cores"],
             profile=self.options.profile,
-            seconds=self.options.recovery,
+            recovery=self.options.recovery,
             learning=self.options.learning,
         )
         for speedup in self.options.speedups:
@@ -217,10 +218,10 @@ ABOUT = """# Scores compared
 
 Written by `tools/bench_structure.py` from the model and images of `profiles/{profile}.yaml`: heads, MLP and depth are
 pruned, all tokens stay, each plan is landed on the machine that measures, and every engine (ONNX Runtime) is judged on
-the 10,000 test images. *Trained*: {seconds:g} seconds of distillation, alike for all. *Exact*: the search shares the
+the 10,000 test images. *Trained*: {recovery} steps of distillation, alike for all. *Exact*: the search shares the
 budget by measured losses and times, and the score says which units of a half go; the other allocations are the
 published ones of `vitprune/search/allocation.py`, which go by scores alone. *Learned*: the method has trained weights
-and widths for {learning:g} seconds before its row *as it comes*. *Predicted* is the latency table's word for
+and widths for {learning} steps before its row *as it comes*. *Predicted* is the latency table's word for
 the speed-up. *Above random*: points of top-1 more than random's engine has on the same images, with the paired 95%
 interval; *no* where it is not clear of 0. {cpu}, {cores} cores, shared with others: speed-ups are uncertain by several
 percent. One small model ranks no scores for others.

@@ -53,7 +53,7 @@ class Trained(NamedTuple):
         """What the method leaves within ``share`` of the dense model's cost, told as its budget is.
 
         Raises:
-            InputError: the least that may be left costs more.
+            BelowLeast: the least that may be left costs more.
         """
         device = next(self.model.parameters()).device
         model, method = build(self.model.config, self.model.state_dict()).cpu(), deepcopy(self.method).cpu()

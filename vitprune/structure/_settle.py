@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
 from ..model.config import VitConfig
 from ..plan import BlockPlan
-from .base import Amounts, Budget, Multiples
+from .base import Amounts, BelowLeast, Budget, Multiples
 
 KINDS = ("heads", "qk", "v", "mlp")
 Scores = Mapping[str, Sequence[Tensor]]  # kind -> one for each block: [H], [H, D], [H, D], [M]; higher stays
@@ -88,7 +87,7 @@ def settle(
         tied: dims of queries and keys are those of the values: ``wanted`` and ``scores`` name ``v`` alone.
 
     Raises:
-        InputError: the least of everything costs more than the budget.
+        BelowLeast: the least of everything costs more than the budget.
     """
     run = _Settling(scores, config, budget, multiples, tied)
     counts = replace(Counts.dense(config), runs=tuple(runs) if runs else (True,) * len(config.blocks))
@@ -105,7 +104,7 @@ def uniform(config: VitConfig, budget: Budget, multiples: Multiples, kinds: Sequ
     What the rounding leaves of the budget goes to MLP units, the same number in each block.
 
     Raises:
-        InputError: the least of everything costs more than the budget.
+        BelowLeast: the least of everything costs more than the budget.
     """
     run = _Settling({}, config, budget, multiples, tied)
 
@@ -184,11 +183,8 @@ class _Settling:
     def fits(self, counts: Counts) -> bool:
         return self.cost(counts) <= self.budget.share + 1e-6  # costs are computed in fp32
 
-    def unreachable(self, least: Counts) -> InputError:
-        return InputError(
-            f"the budget is {self.budget.share:.1%} of the dense model's cost, and the least that may be left of each "
-            f"block costs {self.cost(least):.1%}; raise the budget, or lower the multiples"
-        )
+    def unreachable(self, least: Counts) -> BelowLeast:
+        return BelowLeast(self.budget, self.cost(least))
 
     def down(self, counts: Counts) -> Counts:
         while not self.fits(counts):

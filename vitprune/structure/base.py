@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import NotSupported
+from ..errors import InputError, NotSupported
 from ..model.config import VitConfig
 from ..model.vit import Vit
 from ..plan import BlockPlan
@@ -77,6 +77,21 @@ class Budget(NamedTuple):
     unit: str
     writes: bool = False
     dims: bool = True
+
+
+class BelowLeast(InputError):
+    """The budget is below what the least that may be left of each block costs.
+
+    Attributes:
+        least: that cost, as a share of the dense model's.
+    """
+
+    def __init__(self, budget: Budget, least: float) -> None:
+        super().__init__(
+            f"the budget is {budget.share:.1%} of the dense model's cost, and the least that may be left of each "
+            f"block costs {least:.1%}; raise the budget, or lower the multiples"
+        )
+        self.least = least
 
 
 class Multiples(NamedTuple):

@@ -1,8 +1,8 @@
 """Widths that a method learns while it trains, in place of their search: the training, and the plan that lands.
 
 The training aims at the budget as the latency table predicts it. Then the plan is taken from what was learned, built
-and measured; where it takes too long, a tighter one is taken from the same training, since latency does not depend on
-the values of weights. Tokens are not reduced beside it.
+and measured; where it takes too long, or far less than it may, another one is taken from the same training, since
+latency does not depend on the values of weights. Tokens are not reduced beside it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
-
-from vitprune.errors import InputError
 
 from . import several
 from .bench import Bench, load_vit, save_vit, save_weights, write_json
@@ -32,7 +30,8 @@ if TYPE_CHECKING:
 
 LEARNING = "learning.json"  # the held-out losses on the way; null where nothing is learned
 STATE = "method.safetensors"
-TIGHTER = 0.995  # than the measured excess asks for, so that the next plan is not over by noise
+NEAR = 0.97  # of the budget: a plan that takes as much has landed, one that takes less is followed by a larger one
+TIGHTER = 0.995  # than the measured time asks for, so that the next plan is not over by noise
 
 
 def settings(bench: Bench) -> dict[str, Any]:
@@ -78,16 +77,9 @@ def learn(bench: Bench, folder: Path) -> None:
 def search(bench: Bench, folder: Path) -> None:
     """Take plans from what was learned until one is measured to be within the budget, and write it as a search does."""
     table, trained = _table(bench), _trained(bench)
-    rows, found = _land(bench, trained, table, folder)
-    budget_ms, dense_ms = several.budget_ms(bench, rows[0].measured.ms), rows[0].measured.ms
-    chosen = rows[-1]
-    if chosen.measured.ms <= budget_ms:
-        status, reason = "under", f"learned by {bench.profile.prune.learned.method}"
-        reason += (
-            ", and measured" if bench.profile.search.landings else "; predicted by the latency table, not measured"
-        )
-    else:
-        status, reason = "over", "no plan that was taken from what was learned is measured to be within the budget"
+    rows, taken = _land(bench, trained, table, folder)
+    chosen, found = taken.row, taken.found
+    status, reason = _status(bench, taken)
     save_vit(found.model, folder, "learned")
     (folder / "plan.yaml").write_text(yaml.safe_dump(found.plan.to_dict(), default_flow_style=None, sort_keys=False))
     write_json(folder / "frontier.json", _rows([chosen.point]))
@@ -96,8 +88,8 @@ def search(bench: Bench, folder: Path) -> None:
         "methods": {"none": found.checks[-1].loss},
         "status": status,
         "reason": reason,
-        "budget_ms": budget_ms,
-        "dense_ms": dense_ms,
+        "budget_ms": taken.budget_ms,
+        "dense_ms": taken.dense_ms,
         "dense_predicted_ms": rows[0].point.predicted_ms,
         "chosen": chosen.to_dict(),
         "measured": [row.to_dict() for row in rows] if bench.profile.search.landings else [],
@@ -158,38 +150,85 @@ def _trained(bench: Bench) -> Trained:
     return Trained(load_vit(folder, "learned"), method, checks)
 
 
-def _land(bench: Bench, trained: Trained, table: LatencyTable, folder: Path) -> tuple[list[Row], Learned]:
-    """The dense model's row and one for each plan that was taken, and the last plan: the first within the budget."""
+class _Taken(NamedTuple):
+    """A plan taken from what was learned, and its time beside the dense model's; ``least``: no less may be left."""
+
+    row: Row
+    found: Learned
+    dense_ms: float
+    budget_ms: float
+    least: bool
+
+    @property
+    def share(self) -> float:
+        """Of the budget."""
+        return self.row.measured.ms / self.budget_ms
+
+
+def _land(bench: Bench, trained: Trained, table: LatencyTable, folder: Path) -> tuple[list[Row], _Taken]:
+    """The dense model's row and one for each plan that was taken; and the plan nearest to the budget within it, or the
+    fastest where none is.
+    """
+    rows: list[Row] = []
+    taken: list[_Taken] = []
+    share = trained.method.budget.share
+    for number in range(1, max(1, bench.profile.search.landings) + 1):
+        found, least = _take(bench, trained, share)
+        if any(found.plan == one.found.plan for one in taken):
+            break
+        dense, row = _measured(bench, found, table, number, folder)
+        rows += [row] if rows else [dense, row]
+        dense_ms = dense.measured.ms
+        taken.append(_Taken(row, found, dense_ms, several.budget_ms(bench, dense_ms), least))
+        if NEAR <= taken[-1].share <= 1 or least:
+            break
+        share = min(1.0, share * TIGHTER / taken[-1].share)
+    shutil.rmtree(folder / "candidates", ignore_errors=True)
+    within = [one for one in taken if one.share <= 1]
+    return rows, max(within, key=lambda one: one.share) if within else min(taken, key=lambda one: one.share)
+
+
+def _take(bench: Bench, trained: Trained, share: float) -> tuple[Learned, bool]:
+    """What is left within ``share`` of the dense cost, or the least that may be, and whether it is that."""
+    from vitprune.structure.base import BelowLeast
+
+    try:
+        found, least = trained.within(share), False
+    except BelowLeast as error:
+        found, least = trained.within(error.least), True
+    if _prefix_only(bench):
+        *before, last = found.plan.blocks
+        found = found._replace(plan=replace(found.plan, blocks=(*before, replace(last, patches=0))))
+    return found, least
+
+
+def _measured(bench: Bench, found: Learned, table: LatencyTable, number: int, folder: Path) -> tuple[Row, Row]:
+    """The dense model and what was taken, timed in one interleave; as predicted where nothing is to be measured."""
     from vitprune.search.landing import Measured, Row
 
     from .choose import measure_counts
 
-    rounds, share = bench.profile.search.landings, trained.method.budget.share
-    rows: list[Row] = []
-    for number in range(1, max(1, rounds) + 1):
-        try:
-            found = trained.within(share)
-        except InputError:
-            if rows:  # nothing tighter can be taken: the last one is the fastest
-                break
-            raise
-        if _prefix_only(bench):
-            *before, last = found.plan.blocks
-            found = found._replace(plan=replace(found.plan, blocks=(*before, replace(last, patches=0))))
-        plans = [dense_counts(bench), _counts(found.plan, trained.model)]
-        points = [_point(counts, table, found.checks[-1].loss * bool(place)) for place, counts in enumerate(plans)]
-        if rounds:
-            times = measure_counts(bench, plans, None, folder / "candidates")
-        else:
-            times = [Measured(*(point.predicted_ms,) * 3) for point in points]
-        pair = [Row(number, point, ms) for point, ms in zip(points, times, strict=True)]
-        rows += pair if not rows else pair[1:]
-        over = times[1].ms / several.budget_ms(bench, times[0].ms)
-        if over <= 1:
-            break
-        share *= TIGHTER / over
-    shutil.rmtree(folder / "candidates", ignore_errors=True)
-    return rows, found
+    plans = [dense_counts(bench), _counts(found.plan, found.model)]
+    points = [_point(counts, table, found.checks[-1].loss * bool(place)) for place, counts in enumerate(plans)]
+    if bench.profile.search.landings:
+        times = measure_counts(bench, plans, None, folder / "candidates")
+    else:
+        times = [Measured(*(point.predicted_ms,) * 3) for point in points]
+    dense, row = (Row(number, point, ms) for point, ms in zip(points, times, strict=True))
+    return dense, row
+
+
+def _status(bench: Bench, taken: _Taken) -> tuple[str, str]:
+    """What a search says of a plan."""
+    landings = bench.profile.search.landings
+    if taken.share <= 1:
+        how = "and measured" if landings else "and predicted by the latency table, not measured"
+        return "under", f"learned by {bench.profile.prune.learned.method}, {how}"
+    took = f"{taken.row.measured.ms:.4g} ms of a budget of {taken.budget_ms:.4g} ms"
+    took = f"the fastest plan that was taken from what was learned takes {took}"
+    if taken.least:
+        return "unreachable", f"{took}, and no less may be left"
+    return "over", f"{took} after {max(1, landings)} rounds"
 
 
 def _point(counts: Counts, table: LatencyTable, loss: float) -> Any:
