@@ -170,9 +170,30 @@ def test_check_finds_nothing_wrong_with_what_can_be_built_and_estimates_the_time
     ]  # fmt: skip
     assert found["folder"] == "out/tiny"
     seconds = found["estimated_seconds"]
-    assert seconds.keys() == {"measure", "losses", "search", "recover", "export", "engines", "validate"}
+    stages = {"measure", "learn", "losses", "search", "weights", "recover", "export", "engines", "validate"}
+    assert seconds.keys() == stages
     assert all(value >= 0 for value in seconds.values())
+    assert seconds["learn"] == seconds["weights"] == 0  # not asked for
     assert not Path("out").exists()
+
+
+def test_check_estimates_the_learning_of_widths_and_the_pruning_of_weights(capsys):
+    tiny_profile()
+    learned = ["prune.learned={method: xpruner, max_steps: 10}", "prune.tokens.method=none", "recover.batch=8"]
+    twice = [*learned[:2], "prune.learned.max_steps=1000000", "prune.learned.max_seconds=7", learned[2]]
+    found = [_estimated(capsys, settings) for settings in (learned, twice)]
+    assert found[0]["learn"] > 0
+    assert found[0]["losses"] == 0
+    assert found[1]["learn"] == 7
+    magnitude, cap = (_estimated(capsys, [f"prune.weights={{method: {name}}}"]) for name in ("magnitude", "cap"))
+    assert magnitude["weights"] == 0 < cap["weights"]
+
+
+def _estimated(capsys, settings):
+    """Seconds by stage, as ``check`` tells them."""
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert cli.main(["check", "tiny.yaml", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["estimated_seconds"]
 
 
 def test_check_tells_all_independent_problems_at_once(capsys):

@@ -160,10 +160,12 @@ class WeightMethod(ABC):
     Attributes:
         needs: what of ``LayerView`` must be there besides the weight.
         recompute: in how many steps one pruning is made by default, with new statistics for each.
+        passes: what a step that prunes the MLPs takes, in forward passes of its images: about, for estimates of time.
     """
 
     needs: ClassVar[Needs | None] = None
     recompute: ClassVar[int] = 1
+    passes: ClassVar[float] = 15
 
     @abstractmethod
     def prune(self, layers: Layers, pattern: Pattern, sparsity: float) -> Iterator[Pruned]:

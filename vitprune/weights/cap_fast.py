@@ -30,6 +30,7 @@ class CapFast(WeightMethod):
     """
 
     needs = "gradients"
+    passes = 5
     block: int = 192
     damp_rel: float = 1e-2
 

@@ -21,6 +21,8 @@ class Magnitude(Scoring):
         normalised: divided by the layer's sum, so that layers of different scale may compete.
     """
 
+    passes = 0
+
     scope: Scope = field(default="uniform", kw_only=True)
     normalised: bool = False
 

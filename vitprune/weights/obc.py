@@ -29,6 +29,7 @@ class Obc(Scoring):
     """
 
     needs = "moments"
+    passes = 27
     scope: Scope = field(default="uniform", kw_only=True)
     damping: float = 1e-4
 

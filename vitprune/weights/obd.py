@@ -26,6 +26,7 @@ class Obd(Scoring):
     """
 
     needs = "curvature"
+    passes = 80
 
     def scores(self, layer: LayerView, pattern: Pattern) -> Tensor:
         return diagonal_scores(layer.weight, required(layer.curvature, layer, "curvature").abs(), pattern)

@@ -24,6 +24,7 @@ class ObdFisher(Scoring):
     """Half the mean squared gradient times the squared weight."""
 
     needs = "gradients"
+    passes = 5
 
     def scores(self, layer: LayerView, pattern: Pattern) -> Tensor:
         parts = [layer.gradients(rows).double().square().mean(0) for rows in row_chunks(layer)]

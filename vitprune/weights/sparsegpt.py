@@ -27,6 +27,7 @@ class SparseGpt(WeightMethod):
     """
 
     needs = "moments"
+    passes = 3
     damping: float = 1e-2
 
     def prune(self, layers: Layers, pattern: Pattern, sparsity: float) -> Iterator[Pruned]:

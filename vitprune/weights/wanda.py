@@ -18,6 +18,7 @@ class Wanda(Scoring):
     """Squared weight times the mean square of its input. Every row loses the same share, whatever the scope."""
 
     needs = "moments"
+    passes = 3
     scope: Scope = field(default="uniform", kw_only=True)
 
     def scores(self, layer: LayerView, pattern: Pattern) -> Tensor:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from vitprune import parts
+from vitprune.weights.base import WeightMethod
+
 from ..build.choose import LANDING_SHARE
 from ..build.screen import SEARCHED_METHODS
 from ..build.sizes import sizes
@@ -19,6 +22,8 @@ PIECES = 90  # measured points of a latency table with attention, MLP and reduct
 ROUNDS, SAMPLES = 12, 4  # visits of a piece until its interval is narrow, and runs in a visit
 CANDIDATES = 5  # models that one round of landing measures
 HALF = 0.5  # share of the blocks that a change in an average block makes run again
+PRUNINGS = 8  # of single weights during recovery, where they go gradually
+ALL_LAYERS = 1.5  # times the weights of the MLPs
 TRAINING = 3.0  # a step forward and back costs this many passes forward
 ENGINE_S = 60.0  # building one
 CHECKS = 4  # batches of each shape that the engine's consistency is checked with
@@ -30,8 +35,10 @@ def estimate(bench: Bench) -> dict[str, float]:
     blocks, batch_s = len(bench.dense.config.blocks), profile.batch * image_s
     return {
         "measure": _measure(bench, batch_s, blocks),
+        "learn": _learn(bench, image_s),
         "losses": _losses(bench, image_s, blocks),
         "search": _search(bench, image_s, batch_s, blocks),
+        "weights": _weights(bench, image_s),
         "recover": _recover(bench, image_s),
         "export": 2 * EXPORT_S * blocks / 12 + 2 * profile.validation.parity_images * image_s,
         "engines": ENGINE_S * len(profile.runtime.also_build),
@@ -74,11 +81,22 @@ def _measure(bench: Bench, batch_s: float, blocks: int) -> float:
 
 def _losses(bench: Bench, image_s: float, blocks: int) -> float:
     """Each level of each half of each block is one pass of the probes through the blocks behind it."""
+    if bench.profile.prune.learned.method:
+        return 0.0
     allowed, methods = sizes(bench), min(SEARCHED_METHODS, len(bench.token_methods()))
     halves = len(allowed.heads) + len(allowed.mlp) + len(allowed.qk) + len(allowed.v)
     passes = blocks * (halves + len(allowed.patches) * methods)
     probes = bench.profile.search.probe_images
     return image_s * (HALF * passes * probes + 2 * TRAINING * (bench.profile.data.calibration.images or 0))
+
+
+def _learn(bench: Bench, image_s: float) -> float:
+    """The dense model is trained, with itself as the teacher."""
+    profile, wanted = bench.profile, bench.profile.prune.learned
+    if wanted.method is None:
+        return 0.0
+    seconds = wanted.max_steps * profile.recover.batch * image_s * (1 + TRAINING)
+    return min(seconds, wanted.max_seconds) if wanted.max_seconds else seconds
 
 
 def _search(bench: Bench, image_s: float, batch_s: float, blocks: int) -> float:
@@ -88,12 +106,25 @@ def _search(bench: Bench, image_s: float, batch_s: float, blocks: int) -> float:
         bench.profile.measure.max_seconds,
     )
     seconds = methods * wanted.evaluations * wanted.probe_images * image_s
+    if bench.profile.prune.learned.method:
+        seconds = 0.0  # plans are only landed
     if wanted.max_seconds:
         seconds = min(seconds, methods * wanted.max_seconds)
     timing_s = CANDIDATES * ROUNDS * SAMPLES * 2 * batch_s
     if limit_s:
         timing_s = min(timing_s, LANDING_SHARE * limit_s)
     return seconds + wanted.landings * (timing_s + CANDIDATES * EXPORT_S * blocks / 12)
+
+
+def _weights(bench: Bench, image_s: float) -> float:
+    """All prunings of single weights of the slim model, those that recovery makes included."""
+    profile, wanted = bench.profile, bench.profile.prune.weights
+    if not wanted.enabled:
+        return 0.0
+    method = parts.load("vitprune.weights", wanted.method, WeightMethod)  # type: ignore[type-abstract]
+    steps = PRUNINGS if wanted.schedule == "gradual" else method.recompute
+    passes = method.passes * (1 if wanted.pattern == "2:4" else steps) * (ALL_LAYERS if wanted.where == "all" else 1)
+    return passes * len(bench.search_images) * image_s / (profile.budget.speedup or 1.0)
 
 
 def _recover(bench: Bench, image_s: float) -> float:
