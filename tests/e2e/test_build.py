@@ -173,6 +173,18 @@ def test_an_unreachable_budget_leaves_the_fastest_plan_and_says_so(built, profil
     assert verify(tmp_path / "out") == manifest
 
 
+def test_a_published_way_to_share_the_budget_takes_the_place_of_the_search(built, profile_path, tmp_path):
+    asked = ["prune.tokens.method=none", "prune.criterion=savit", "prune.allocation=savit", "budget.speedup=1.3"]
+    profile = quick(profile_path, built[0] / "latency_table.json", *asked)
+    manifest = build(profile, tmp_path / "out", Console(quiet=True))
+    assert manifest.pruned.macs < manifest.dense.macs
+    assert manifest.parity.max_abs <= 1e-4
+    plan = Plan.from_dict(yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text()))
+    assert plan.reducer is None
+    assert all(block.heads and block.mlp for block in plan.blocks)  # it protects the best of each half
+    assert verify(tmp_path / "out") == manifest
+
+
 def test_where_nothing_is_gained_the_dense_model_is_the_answer(built, profile_path, tmp_path):
     profile = load_profile(
         profile_path, [f"measure.table={built[0] / 'latency_table.json'}", "budget.speedup=1", "search.evaluations=1"]
