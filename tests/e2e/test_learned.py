@@ -23,8 +23,8 @@ from vitprune_deploy.profile import Profile, load_profile
 from vitprune_deploy.runtime import load
 
 QUICK = ["prune.learned={method: wdpruning, max_steps: 12, lr: 0.001}", "prune.tokens.method=none",
-         "prune.mlp.multiple=64", "budget.speedup=1.3", "search.landings=2", "recover.max_steps=2",
-         "validation.runs=20", "validation.max_seconds=2"]  # fmt: skip
+         "prune.mlp.multiple=64", "prune.weights.method=magnitude", "budget.speedup=1.3", "search.landings=2",
+         "recover.max_steps=2", "validation.runs=20", "validation.max_seconds=2"]  # fmt: skip
 
 
 class Stopped(Console):
@@ -74,6 +74,7 @@ def test_learned_widths_go_into_the_engine_after_an_interruption(tmp_path, image
     assert (found["chosen"]["measured_ms"] <= found["budget_ms"]) == (found["status"] == "under")
     assert manifest.pruned.macs < manifest.dense.macs
     assert manifest.parity.max_abs <= 1e-4
+    assert set(manifest.weights["layers"].values()) == {0.5}  # 2:4 in what was left of the MLPs
     with load(out) as model:
         assert model.predict(np.zeros((2, 32, 32, 3), np.uint8)).logits.shape == (2, 3)
     again = json.loads((out / "frontier.json").read_text())

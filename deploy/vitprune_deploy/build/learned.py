@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from . import several
+from . import several, sparse
 from .bench import Bench, load_vit, save_vit, save_weights, write_json
 from .sizes import dense_counts, multiples_of_units, sizes
 from .training import LR, batches
@@ -81,7 +81,8 @@ def search(bench: Bench, folder: Path) -> None:
     chosen, found = taken.row, taken.found
     status, reason = _status(bench, taken)
     save_vit(found.model, folder, "learned")
-    (folder / "plan.yaml").write_text(yaml.safe_dump(found.plan.to_dict(), default_flow_style=None, sort_keys=False))
+    plan = sparse.with_zeros(found.plan, bench.profile)
+    (folder / "plan.yaml").write_text(yaml.safe_dump(plan.to_dict(), default_flow_style=None, sort_keys=False))
     write_json(folder / "frontier.json", _rows([chosen.point]))
     account = {
         "method": None,
@@ -97,6 +98,7 @@ def search(bench: Bench, folder: Path) -> None:
         "rank_correlation": None,
         "held_out_loss": found.checks[-1].loss,
         "table": table.to_dict(),
+        "sparse": sparse.search_kernels(bench, folder),
     }
     write_json(folder / "search.json", account)
 

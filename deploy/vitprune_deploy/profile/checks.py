@@ -394,8 +394,6 @@ def _learned_widths_stand_alone(p: Any) -> Iterator[Problem]:
         yield "prune.embedding", "cannot go with prune.learned, which takes all channels"
     if p.search.one_plan:
         yield "search.one_plan", "cannot go with prune.learned, which aims at one device"
-    if p.prune.weights.method != "none":
-        yield "prune.weights.method", "must be none beside prune.learned, whose plans name no zeros"
     for key in ("heads", "mlp"):
         if not getattr(prune, key).enabled and (key != "heads" or method not in DIM_METHODS):
             yield f"prune.{key}.enabled", f"must be true, since {method} prunes them"
