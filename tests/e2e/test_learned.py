@@ -15,8 +15,10 @@ from vitprune.model.timm import from_timm
 from vitprune.plan import Plan
 from vitprune.search.latency import Circumstances, LatencyTable, Levels, Pieces
 from vitprune_deploy.build import build
+from vitprune_deploy.build.learned import LEARNING
 from vitprune_deploy.build.pipeline import run
 from vitprune_deploy.build.runtimes import device
+from vitprune_deploy.build.training import share
 from vitprune_deploy.console import Console
 from vitprune_deploy.latency.table import shape_key
 from vitprune_deploy.profile import Profile, load_profile
@@ -80,6 +82,16 @@ def test_learned_widths_go_into_the_engine_after_an_interruption(tmp_path, image
     again = json.loads((out / "frontier.json").read_text())
     assert len(again) == 1
     assert tightest(profile, out)["status"] == "unreachable"
+    assert shared(profile, out) == sorted(path.name for path in (out / ".work").glob("learn-*/*"))
+
+
+def shared(profile: Profile, out: Path) -> list[str]:
+    """The files that two processes leave which learn together."""
+    bench = run(profile, out, Console(quiet=True), until="measure")
+    (folder := out / "shared").mkdir()
+    share(2, bench, folder, "learn")
+    assert json.loads((folder / LEARNING).read_text())[-1]["step"] == 12
+    return sorted(path.name for path in (*folder.iterdir(), *(out / ".work").glob("learn-*/stage.json")))
 
 
 def tightest(profile: Profile, out: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import yaml
 from . import several, sparse
 from .bench import Bench, load_vit, save_vit, save_weights, write_json
 from .sizes import dense_counts, multiples_of_units, sizes
-from .training import LR, batches
+from .training import LR, batches, share
 
 if TYPE_CHECKING:
     from vitprune.learn import Learned, Trained
@@ -49,13 +49,24 @@ def settings(bench: Bench) -> dict[str, Any]:
 
 
 def learn(bench: Bench, folder: Path) -> None:
-    """Train the dense model with the method, and write it and all that the method knows."""
+    """Train the dense model with the method on all devices, and write it and all that the method knows."""
+    import torch
+
+    if bench.profile.prune.learned.method is None:
+        write_json(folder / LEARNING, None)
+    elif torch.cuda.device_count() > 1:
+        share(torch.cuda.device_count(), bench, folder, "learn")
+    else:
+        train(bench, folder)
+
+
+def train(bench: Bench, folder: Path) -> None:
+    """The same in this process, which may be one of several."""
+    from accelerate import PartialState
+
     from vitprune.recover import RecoverSettings, recover
 
     wanted = bench.profile.prune.learned
-    if wanted.method is None:
-        write_json(folder / LEARNING, None)
-        return
     student, method = _method(bench)
     recipe = method.recipe if wanted.recipe == "published" else None
     lr = wanted.lr or (recipe.lr if recipe else LR)
@@ -69,6 +80,8 @@ def learn(bench: Bench, folder: Path) -> None:
         checkpoint=bench.work / "learning.pt",
         method=method,
     )
+    if not PartialState().is_main_process:
+        return
     save_vit(found.model, folder, "learned")
     save_weights({name: value.detach().cpu() for name, value in method.state_dict().items()}, folder / STATE)
     write_json(folder / LEARNING, [check._asdict() for check in found.checks])

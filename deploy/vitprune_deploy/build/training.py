@@ -1,4 +1,4 @@
-"""Recovery training: in this process, or in one process for each GPU where there are several.
+"""Training: in this process, or in one process for each GPU where there are several.
 
 With several, torchrun starts this file once for each, and accelerate shares the work.
 """
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from vitprune.errors import InputError, VitpruneError
 
@@ -73,24 +73,31 @@ def published_recipe(bench: Bench, slim: Vit) -> Recipe | None:
 
 
 def train_on(processes: int, bench: Bench, slim: Vit, folder: Path) -> None:
-    """The same, shared by as many processes as there are devices.
+    """The same, shared by as many processes as there are devices. Raises what ``share`` does."""
+    save_vit(slim, folder, "slim")
+    share(processes, bench, folder, "recover")
+    for name in ("slim.json", "slim.safetensors"):
+        (folder / name).unlink()
+
+
+def share(processes: int, bench: Bench, folder: Path, stage: Literal["learn", "recover"]) -> None:
+    """Have the training of a stage done by several processes, which leave in ``folder`` what one would.
 
     Raises:
         VitpruneError: a process failed; its own words are on stderr.
     """
-    save_vit(slim, folder, "slim")
     (folder / "profile.yaml").write_text(bench.profile.to_yaml(), encoding="utf-8")
-    request = {"work": str(bench.work.absolute()), "folders": {k: str(v.absolute()) for k, v in bench.folders.items()}}
-    write_json(folder / "request.json", request)
+    folders = {name: str(path.absolute()) for name, path in bench.folders.items()}
+    write_json(folder / "request.json", {"stage": stage, "work": str(bench.work.absolute()), "folders": folders})
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *launch, "-m", "vitprune_deploy.build.training", str(folder)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(command, env=environment)
-    for name in ("slim.json", "slim.safetensors", "profile.yaml", "request.json"):
+    for name in ("profile.yaml", "request.json"):
         (folder / name).unlink()
     if done.returncode:
         raise VitpruneError(
-            f"recovery on {processes} devices failed with exit code {done.returncode}; see its words above"
+            f"training on {processes} devices failed with exit code {done.returncode}; see its words above"
         )
 
 
@@ -124,7 +131,12 @@ def main(folder: Path) -> None:
     request = json.loads((folder / "request.json").read_bytes())
     folders = {name: Path(path) for name, path in request["folders"].items()}
     bench = Bench(load_profile(folder / "profile.yaml"), Console(quiet=True), Path(request["work"]), folders)
-    train(bench, load_vit(folder, "slim"), folder)
+    if request["stage"] == "recover":
+        train(bench, load_vit(folder, "slim"), folder)
+        return
+    from .learned import train as learn  # which takes its batches from here
+
+    learn(bench, folder)
 
 
 if __name__ == "__main__":
