@@ -48,7 +48,7 @@ SHORT = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="quickstart")
-    parser.add_argument("--scores", nargs="+", default=[*map(usual, parts.names("vitprune.criteria")), *PUBLISHED])
+    parser.add_argument("--scores", nargs="*", default=[*map(usual, parts.names("vitprune.criteria")), *PUBLISHED])
     parser.add_argument("--learned", nargs="*", default=parts.names("vitprune.structure"))
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0])
     parser.add_argument("--recovery", type=int, default=400, help="steps of training")
