@@ -113,8 +113,8 @@ def test_plans_that_do_not_follow_one_another_are_refused(first, later, sentence
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: BlockPlan((1, 0), ()), r"heads must be ascending indices without repeats, got \(1, 0\)"),
-        (lambda: BlockPlan((), (3, 3)), r"mlp must be ascending indices without repeats, got \(3, 3\)"),
+        (lambda: BlockPlan((1, 0), ()), r"heads must be ascending whole numbers without repeats, got \(1, 0\)"),
+        (lambda: BlockPlan((), (3, 3)), r"mlp must be ascending whole numbers without repeats, got \(3, 3\)"),
         (lambda: BlockPlan((-1,), ()), "heads must be ascending"),
         (lambda: BlockPlan((0, 1), (), None, ((0,),)), "qk must name dims for each of 2 kept heads, got 1"),
         (lambda: BlockPlan((), (), None, ()), "qk must name dims for each of 0 kept heads"),
@@ -123,8 +123,11 @@ def test_plans_that_do_not_follow_one_another_are_refused(first, later, sentence
             r"equally many v dims, .* in every head, got \[1, 2",
         ),
         (lambda: BlockPlan((0,), (), None, ((),)), r"at least one, in every head, got \[0\]"),
-        (lambda: BlockPlan((0,), (), None, ((2, 1),)), r"qk must be ascending indices without repeats, got \(2, 1\)"),
-        (lambda: replace(plan(), embed=(3, 3)), "embed must be ascending indices"),
+        (
+            lambda: BlockPlan((0,), (), None, ((2, 1),)),
+            r"qk must be ascending whole numbers without repeats, got \(2, 1\)",
+        ),
+        (lambda: replace(plan(), embed=(3, 3)), "embed must be ascending whole numbers"),
         (lambda: replace(plan(), embed=()), "at least one channel of the residual stream"),
         (lambda: BlockPlan((0,), (0,), -1), "cannot keep -1 patch tokens"),
         (
@@ -153,8 +156,10 @@ def test_impossible_plans_are_refused(make, sentence):
         {"model_sha256": "abc", "patches": 49, "reducer": None, "blocks": 3},
         {"model_sha256": "abc", "patches": 49, "reducer": None, "blocks": [{"heads": [0], "mlp": [], "qk": [3]}]},
         {"model_sha256": "abc", "patches": 49, "reducer": None, "blocks": [{"heads": ["a"], "mlp": []}]},
+        {"model_sha256": "abc", "patches": 49, "reducer": None, "blocks": [{"heads": [0.5], "mlp": []}]},
+        {"model_sha256": "abc", "patches": 49, "reducer": None, "blocks": [{"heads": [True], "mlp": []}]},
     ],
 )
 def test_what_is_no_plan_is_refused_in_a_sentence(plain):
-    with pytest.raises(InputError, match="this is not a plan"):
+    with pytest.raises(InputError, match=r"this is not a plan|must be ascending whole numbers"):
         Plan.from_dict(plain)

@@ -13,6 +13,7 @@ vitprune/criteria/COMPARISON.md.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -78,7 +79,7 @@ class Comparison:
         self.options, self.out = options, options.out.resolve()
         self.overrides = [*(text.format(recovery=options.recovery) for text in SHORT), *options.set]
         self.out.mkdir(parents=True, exist_ok=True)
-        self.rows = Rows(self.out / "rows.jsonl", settings_of(self._profile(2.0, [])))
+        self.rows = Rows(self.out / "rows.jsonl", settings_of(self._profile(2.0, []), learning=options.learning))
         self.kept = self.out / self.rows.key  # so that engines of other settings are never mixed in
         self.kept.mkdir(exist_ok=True)
 
@@ -135,6 +136,7 @@ class Comparison:
             "macs": macs(config) / macs(bench.dense.config),
             "heads": [block.heads for block in config.blocks],
             "mlp": [block.mlp for block in config.blocks],
+            "dims": [[block.qk_dim, block.v_dim] for block in config.blocks],
             **known,
             "machine": machine_state(),
         }
@@ -157,31 +159,26 @@ class Comparison:
             rows = [row for row in self.rows.rows.values() if row["row"].split()[1] == f"{speedup:g}x"]
             text += f"\n## {speedup:g}x asked\n\n| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}\n"
             text += "".join(f"| {' | '.join(self._cells(row))} |\n" for row in ranked(rows))
-            below = [row["row"] for row in ranked(rows) if not self._is_random(row) and not self._gain(row)[3]]
+            below = [row["row"] for row in ranked(rows) if self._gain(row)[1] <= 0]
             text += f"\nNot above random: {', '.join(map(short_name, below)) or 'none'}.\n"
         return text
 
     def _cells(self, row: dict[str, Any]) -> tuple[str, ...]:
         name, _, state = row["row"].split(maxsplit=2)
         criterion, _, rule = name.partition("/")
-        gain, low, high, above = self._gain(row)
-        against = "" if self._is_random(row) else f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]{'' if above else ' no'}"
+        gain, low, high = self._gain(row)
+        against = "" if math.isnan(gain) else f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]{' no' if low <= 0 else ''}"
         figures = f"{row['top1']:.2f}", f"{row['dense_ms'] / row['ms']:.2f}", f"{row['predicted']:.2f}"
-        shape = " ".join(f"{h}/{m}" for h, m in zip(row["heads"], row["mlp"], strict=True))
-        return f"`{criterion}`", rule or "exact", state, *figures, f"{100 * row['macs']:.0f}", against, shape
+        return f"`{criterion}`", rule or "exact", state, *figures, f"{100 * row['macs']:.0f}", against, shape(row)
 
-    def _gain(self, row: dict[str, Any]) -> tuple[float, float, float, bool]:
-        """Points of top-1 above random's on the same images with their 95% interval, and whether that is above 0."""
+    def _gain(self, row: dict[str, Any]) -> tuple[float, float, float]:
+        """Points of top-1 above random's on the same images with their 95% interval; NaN of random, or without it."""
         _, speedup, state = row["row"].split(maxsplit=2)
         files = [self.kept / f"{file_name(answers_of(one))}.npy" for one in (f"random {speedup} {state}", row["row"])]
-        if not files[0].is_file():
-            return float("nan"), float("nan"), float("nan"), False
+        if row["row"].startswith("random ") or not files[0].is_file():
+            return math.nan, math.nan, math.nan
         found = Paired.of(*(np.load(file) for file in files))
-        return -found.drop, -found.high, -found.low, found.high < 0
-
-    @staticmethod
-    def _is_random(row: dict[str, Any]) -> bool:
-        return row["row"].startswith("random ")
+        return -found.drop, -found.high, -found.low
 
 
 def answers_of(row: str) -> str:
@@ -202,17 +199,23 @@ def ranked(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["top1"])
 
 
+def shape(row: dict[str, Any]) -> str:
+    """Heads/units of each block, and dims of queries and of values where some are gone."""
+    whole = max(row["dims"])
+    blocks = zip(row["heads"], row["mlp"], row["dims"], strict=True)
+    return " ".join(f"{h}/{m}" + (f"/{d[0]}+{d[1]}" if d != whole else "") for h, m, d in blocks)
+
+
 def line(row: dict[str, Any]) -> str:
-    shape = " ".join(f"{h}/{m}" for h, m in zip(row["heads"], row["mlp"], strict=True))
     return (
         f"{row['row']:34} {row['top1']:6.2f} {row['dense_ms'] / row['ms']:6.3f}x (predicted {row['predicted']:.3f}x) "
-        f"{100 * row['macs']:4.0f}% of MACs  {row['how']:10} {shape}"
+        f"{100 * row['macs']:4.0f}% of MACs  {row['how']:10} {shape(row)}"
     )
 
 
 COLUMNS = (
     "score", "allocation", "weights", "top-1 (%)", "speed-up", "predicted", "MACs (%)", "above random (points, 95%)",
-    "heads/units",
+    "heads/units/dims",
 )  # fmt: skip
 ABOUT = """# Scores compared
 

@@ -212,8 +212,8 @@ class Plan:
 
 
 def _check_indices(name: str, indices: tuple[int, ...]) -> None:
-    if list(indices) != sorted(set(indices)) or any(i < 0 for i in indices):
-        raise InputError(f"a plan's {name} must be ascending indices without repeats, got {indices}")
+    if any(type(i) is not int or i < 0 for i in indices) or list(indices) != sorted(set(indices)):
+        raise InputError(f"a plan's {name} must be ascending whole numbers without repeats, got {indices}")
 
 
 def _check_left(what: str, asked: tuple[int, ...], left: int) -> None:

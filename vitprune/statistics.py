@@ -131,7 +131,7 @@ def stream_blocks(
             for half, x in seen.items():
                 sums.add(half, x, moments, activations)
             if moments and dims and block.attn is not None:
-                sums.products.append(_products(pair["q"], pair["k"]))
+                sums.products = sums.products + _products(pair["q"], pair["k"]).sum(0)
         yield sums.seen(number, states, _influence(states, leaving) if influence else None)
         states = leaving
 
@@ -143,7 +143,7 @@ class _Sums:
         self.moments: dict[Half, Tensor] = {}
         self.tokens: dict[Half, int] = {}
         self.activations: dict[Half, list[Tensor]] = {}
-        self.products: list[Tensor] = []
+        self.products: Tensor | int = 0
 
     def add(self, half: Half, x: Tensor, moments: bool, activations: bool) -> None:
         """What the half's Linear read of a batch, [B, N, F]."""
@@ -162,7 +162,7 @@ class _Sums:
             {half: total / self.tokens[half] for half, total in self.moments.items()},
             {half: torch.cat(parts) for half, parts in self.activations.items()},
             influence,
-            torch.cat(self.products).mean(0) if self.products else None,
+            self.products / sum(len(state.x) for state in entering) if torch.is_tensor(self.products) else None,
         )
 
 

@@ -270,7 +270,8 @@ def _kept_attention(attn: Attention, kept: BlockPlan, factors: Tensor | None, pr
     tensors = _rows("attn.qkv", attn.qkv, queries + keys + [2 * attn.sizes[0] + row for row in values])
     if factors is not None:
         scale = _same_shape(factors, factors.new_empty(len(kept.heads), len(queries) // len(kept.heads)), "queries")
-        scale = torch.cat([scale.flatten().to(attn.qkv.weight), scale.new_ones(len(keys) + len(values))])
+        scale = scale.to(attn.qkv.weight)  # a store reads them to the CPU
+        scale = torch.cat([scale.flatten(), scale.new_ones(len(keys) + len(values))])
         tensors = {name: tensor * scale.view(-1, *[1] * (tensor.ndim - 1)) for name, tensor in tensors.items()}
     return tensors | {"attn.proj.weight": attn.proj.weight[:, values] if proj is None else proj}
 

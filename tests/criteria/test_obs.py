@@ -138,3 +138,10 @@ def test_weights_come_in_the_type_of_the_layer_and_in_ascending_order_of_units()
 def test_without_moments_it_says_what_it_needs():
     with pytest.raises(InputError, match="the criterion obs needs the layer's moments, got none"):
         Obs().rank(LayerView(torch.ones(2, 4), 1))
+
+
+def test_moments_that_are_no_numbers_are_refused_in_a_sentence():
+    inputs, weight = data(6, 1)
+    inputs[0, 0] = torch.nan
+    with pytest.raises(InputError, match="activations that are no numbers"):
+        Obs().rank(LayerView(weight, 1, (3,), moments(inputs)))

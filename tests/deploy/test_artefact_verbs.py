@@ -22,6 +22,7 @@ from vitprune_deploy.export.onnx import export_onnx
 from vitprune_deploy.profile import commented_yaml, load_profile
 from vitprune_deploy.runtime import load
 from vitprune_deploy.validate import write_golden
+from vitprune_deploy.verbs.fusion import missed_multiples
 
 PREPROCESS = Preprocess((3, 28, 28), crop_pct=1.0)
 FIGURES = {"params": 1, "macs": 1, "top1": 50.0, "latency_ms": {"p50": 1.0, "samples": 100}}
@@ -218,6 +219,14 @@ def test_inspect_warns_of_sizes_that_kernels_do_not_favour(built, tmp_path, caps
         "MLP units are multiples of 8 where kernels favour it, and there are 60 in block 0",
         "dims of a head are multiples of 8 where kernels favour it, and there are 20 in block 0",
     ]
+
+
+def test_channels_that_kernels_do_not_favour_are_told_where_they_were_asked_for():
+    asked = {"prune": {"embedding": 37}}
+    assert missed_multiples({"dim": 37}, asked) == [
+        "channels are multiples of 8 where kernels favour it, and there are 37"
+    ]
+    assert missed_multiples({"dim": 40}, asked) == missed_multiples({"dim": 37}, {}) == []
 
 
 def test_inspect_shows_what_the_build_found_of_the_engine(built, tmp_path, capsys):

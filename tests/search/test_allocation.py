@@ -69,6 +69,24 @@ def test_per_kind_takes_the_same_share_of_heads_and_of_units():
     ]
 
 
+def test_per_kind_takes_shares_of_all_units_those_included_that_may_not_leave():
+    # units an eighth at a time, of which b1 has the lowest over its layer's mean; a head is a quarter
+    assert path("per_kind", Sizes((1,), (3, 2, 1)))[1:5] == [
+        ((2, 2), (4, 3)),
+        ((1, 2), (4, 3)),
+        ((1, 2), (4, 2)),
+        ((1, 2), (3, 2)),
+    ]
+
+
+def test_per_kind_ranks_scores_over_their_layers_mean():
+    small, large = [1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 30.0, 40.0]
+    scores = SCORES | {(0, "mlp"): small, (1, "mlp"): large}
+    assert [mlp for _, mlp in path("per_kind", Sizes((), (3, 2, 1)), scores=scores)] == [
+        (4, 4), (3, 4), (3, 3), (2, 3), (2, 2), (1, 2), (1, 1),
+    ]  # fmt: skip
+
+
 def test_uniform_takes_the_same_share_of_every_half():
     assert path("uniform") == [((2, 2), (4, 4)), ((1, 1), (2, 2)), ((0, 0), (0, 0))]
 

@@ -8,9 +8,9 @@ squared once for every batch, after the sum, averaged over an interval of batche
 average.
 
 Differs from the code: the loss is the negative log-likelihood of labels drawn from the model's own output, in place of
-a distillation from a CNN, so that a batch's gradients average to zero and few batches measure little but noise: a batch
-of 1 is the steadier choice for few images; weights stay as they are from one interval to the next. The latency term is
-an allocation (``nvit`` in ``vitprune.search.allocation``).
+a distillation from a CNN, so that a batch's gradients average to zero and few batches measure little but noise, which
+``batch=1`` avoids (in Python; a profile has the default); weights stay as they are from one interval to the next. The
+latency term is an allocation (``nvit`` in ``vitprune.search.allocation``).
 """
 
 from __future__ import annotations

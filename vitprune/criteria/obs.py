@@ -20,6 +20,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .base import Criterion, LayerView, Ranking, required
 
 LAZY = 64  # single columns removed between two updates of the whole inverse
@@ -197,6 +198,10 @@ def _mean_of_alive(moments: Tensor) -> float:
 
 def _damped_inverse(moments: Tensor, damping: float, mean: float) -> tuple[Tensor, float]:
     """Inverse of ``moments`` plus a ridge, a share of ``mean``, grown tenfold until there is one; and the ridge."""
+    if not moments.isfinite().all():
+        raise InputError(
+            "the calibration images lead to activations that are no numbers; look at the weights and the preprocessing"
+        )
     alive = moments.diagonal() > 0
     ridge = damping * mean
     while True:

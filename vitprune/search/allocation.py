@@ -4,8 +4,8 @@ Each removes units in the order of their half's ranking, in whole steps from one
 multiples are kept to before steps are compared. It goes on until the budget is met. Dims of heads all stay.
 
 * ``global``: the steps of least mean importance, whatever they are of; needs scores that compare between kinds.
-* ``per_kind``: the same share of every kind of unit, ranked within the kind over all layers. Fang et al., Isomorphic
-  Pruning for Vision Models, ECCV 2024, https://arxiv.org/abs/2407.04616.
+* ``per_kind``: the same share of every kind of unit, ranked within the kind over all layers by scores as multiples of
+  their layer's mean. Fang et al., Isomorphic Pruning for Vision Models, ECCV 2024, https://arxiv.org/abs/2407.04616.
 * ``uniform``: the same share of every half, as near as its sizes come to it.
 * ``greedy``: the steps that lose least importance for the time they save in what is left; the importance of each kind
   adds up to 1, since few scores compare between kinds.
@@ -109,7 +109,8 @@ class Allocation:
             wanted = sizes.below(kind, len(ranking.order))
             known = None if losses is None else (losses.heads if kind == "attn" else losses.mlp)[block]
             levels = [n for n in wanted if _may_leave(rule, n, len(ranking.order)) and (known is None or n in known)]
-            steps[block, kind] = _steps((block, kind), levels, ranking.importances())
+            scores = ranking.importances()
+            steps[block, kind] = _steps((block, kind), levels, _over_mean(scores) if rule == "per_kind" else scores)
         return cls(rule, dense, steps, rankings.cross_terms)
 
     def within(self, cost: Cost, budget: float) -> Counts:
@@ -168,8 +169,8 @@ class Allocation:
         found = []
         for kind in self._kinds():
             ranked = _ranked(self._halves(kind))
-            gone = list(accumulate(step.units for step in ranked))
-            found += [(units / gone[-1], step) for units, step in zip(gone, ranked, strict=True)]
+            gone, whole = accumulate(step.units for step in ranked), self._units()[kind]
+            found += [(units / whole, step) for units, step in zip(gone, ranked, strict=True)]
         return ([step] for _, step in sorted(found, key=lambda one: one[0]))
 
     def _pairs(self) -> Iterator[tuple[Counts, float]]:
@@ -177,7 +178,7 @@ class Allocation:
         rows = {kind: _ranked(self._halves(kind)) for kind in ("attn", "mlp")}
         lost = {kind: [0.0, *accumulate(s.importance for s in row)] for kind, row in rows.items()}
         gone = {kind: [0, *accumulate(s.units for s in row)] for kind, row in rows.items()}
-        whole = {"attn": max(1, sum(self.dense.heads)), "mlp": max(1, sum(self.dense.mlp))}
+        whole = self._units()
         terms, heads = self.cross_terms, self.dense
         for i in range(len(rows["attn"]) + 1):
             heads = after(heads, rows["attn"][i - 1 : i]) if i else heads
@@ -187,6 +188,10 @@ class Allocation:
                 shares = {"attn": gone["attn"][i] / whole["attn"], "mlp": gone["mlp"][j] / whole["mlp"]}
                 cross = sum(shares[a] * shares[b] * terms[a][b] for a in terms for b in terms[a])
                 yield counts, max(0.0, lost["attn"][i] + lost["mlp"][j] + cross)
+
+    def _units(self) -> dict[str, int]:
+        """How many there are of a kind."""
+        return {"attn": max(1, sum(self.dense.heads)), "mlp": max(1, sum(self.dense.mlp))}
 
     def _kinds(self) -> list[str]:
         return sorted({kind for _, kind in self.steps})
@@ -280,6 +285,11 @@ def _steps(half: Half, levels: Sequence[int], importances: Sequence[float]) -> l
         going = importances[units - before : units - left]
         steps.append(Step(half, left, before - left, math.fsum(going)))
     return steps
+
+
+def _over_mean(scores: Sequence[float]) -> list[float]:
+    mean = math.fsum(scores) / max(1, len(scores))
+    return [score / mean if mean > 0 else score for score in scores]
 
 
 def _ranked(halves: Mapping[Half, Sequence[Step]]) -> list[Step]:

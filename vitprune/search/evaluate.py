@@ -152,7 +152,8 @@ class Evaluator:
 
     def _reducer(self, method: str, index: int) -> Reducer:
         if index not in self.reducers:
-            self.reducers[index] = make_reducer(method, self.model.config, index, self.method_weights)
+            made = make_reducer(method, self.model.config, index, self.method_weights)
+            self.reducers[index] = made.to(next(self.model.parameters()).device)
         return self.reducers[index]
 
 

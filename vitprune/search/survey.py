@@ -188,7 +188,8 @@ class Survey:
 
     def _reducer(self, index: int) -> Reducer:
         assert self.method is not None  # routes lead nowhere without one
-        return make_reducer(self.method, self.model.config, index, self.method_weights)
+        made = make_reducer(self.method, self.model.config, index, self.method_weights)
+        return made.to(next(self.model.parameters()).device)
 
     def _width_loss(self, index: int, half: Half, ranking: Ranking, count: int) -> float:
         """Measured loss when one half keeps ``count`` units."""

@@ -282,15 +282,15 @@ def _follow(bench: Bench, lead: Bench, folder: Path) -> None:
         shutil.rmtree(folder / "candidates")
     else:
         dense, chosen = (Measured(ms, ms, ms) for ms in said)
-    budget_ms = several.budget_ms(bench, dense.ms)
+    budget_ms, share = several.budget_ms(bench, dense.ms), searched_share(bench)
     status = "under" if chosen.ms <= budget_ms else "over"
     row = {"predicted_ms": said[1], "measured_ms": chosen.ms, "low_ms": chosen.low_ms, "high_ms": chosen.high_ms}
     here = {
         "status": status,
         "reason": f"the plan that was found for all devices, with {lead.profile.name} first",
         "budget_ms": budget_ms,
-        "dense_ms": dense.ms,
-        "dense_predicted_ms": said[0],
+        "dense_ms": dense.ms / share,
+        "dense_predicted_ms": said[0] / share,
         "chosen": {**found["chosen"], **row},
         "measured": [{**found["chosen"], **row}] if bench.profile.search.landings else [],
         "table": problem.table.to_dict(),

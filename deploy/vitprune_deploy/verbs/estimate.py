@@ -80,12 +80,14 @@ def _measure(bench: Bench, batch_s: float, blocks: int) -> float:
 
 
 def _losses(bench: Bench, image_s: float, blocks: int) -> float:
-    """Each level of each half of each block is one pass of the probes through the blocks behind it."""
+    """Each measured size of each half of each block is one pass of the probes through the blocks behind it."""
+    from vitprune.search.survey import levels_to_measure
+
     if bench.profile.prune.learned.method:
         return 0.0
     allowed, methods = sizes(bench), min(SEARCHED_METHODS, len(bench.token_methods()))
-    halves = len(allowed.heads) + len(allowed.mlp) + len(allowed.qk) + len(allowed.v)
-    passes = blocks * (halves + len(allowed.patches) * methods)
+    widths = sum(len(levels_to_measure(of)) for of in (allowed.heads, allowed.mlp, allowed.qk, allowed.v))
+    passes = blocks * (widths + len(allowed.patches) * methods)
     probes = bench.profile.search.probe_images
     return image_s * (HALF * passes * probes + 2 * TRAINING * (bench.profile.data.calibration.images or 0))
 
@@ -105,9 +107,8 @@ def _search(bench: Bench, image_s: float, batch_s: float, blocks: int) -> float:
         min(SEARCHED_METHODS, max(1, len(bench.token_methods()))),
         bench.profile.measure.max_seconds,
     )
-    seconds = methods * wanted.evaluations * wanted.probe_images * image_s
-    if bench.profile.prune.learned.method:
-        seconds = 0.0  # plans are only landed
+    searches = bench.profile.prune.learned.method is None and bench.profile.prune.allocation == "exact"
+    seconds = methods * wanted.evaluations * wanted.probe_images * image_s if searches else 0.0
     if wanted.max_seconds:
         seconds = min(seconds, methods * wanted.max_seconds)
     timing_s = CANDIDATES * ROUNDS * SAMPLES * 2 * batch_s

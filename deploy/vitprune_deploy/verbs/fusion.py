@@ -68,6 +68,7 @@ def of_folder(
 
 MULTIPLES = (("heads", "heads", "heads", ("heads",)), ("mlp", "mlp", "MLP units", ("mlp",)),
              ("head_dims", "head_dim", "dims of a head", ("qk_dim", "v_dim")))  # fmt: skip
+CHANNELS = 8  # what matrix products of all runtimes favour at least, of the residual stream
 
 
 def missed_multiples(config: Mapping[str, Any], profile: Mapping[str, Any]) -> list[str]:
@@ -89,6 +90,8 @@ def missed_multiples(config: Mapping[str, Any], profile: Mapping[str, Any]) -> l
         ]
         if odd:
             found.append(f"{what} are multiples of {multiple} where kernels favour it, and there are {', '.join(odd)}")
+    if prune.get("embedding") and config.get("dim", 0) % CHANNELS:
+        found.append(f"channels are multiples of {CHANNELS} where kernels favour it, and there are {config['dim']}")
     return found
 
 
