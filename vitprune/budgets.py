@@ -47,7 +47,11 @@ def macs_budget(config: VitConfig, share: float) -> Budget:
 
 
 def own_budget(method: type[StructureMethod], config: VitConfig, share: float) -> Budget:
-    """At most ``share`` of what the authors of ``method`` count."""
+    """At most ``share`` of what the authors of ``method`` count: parameters of wdpruning, else multiply-accumulates.
+
+    The authors of vitslim and s2vite give a share of each kind of unit, and what those of the reconstructions count is
+    not known.
+    """
     return (params_budget if method.own_cost == "params" else macs_budget)(config, share)
 
 

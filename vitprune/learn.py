@@ -90,8 +90,8 @@ def learn(
     Args:
         budget: what may be left; see ``vitprune.budgets``.
         batches, held_out, settings, progress, checkpoint: as ``recover`` takes them. A ``settings.recipe`` of the
-            method's own, ``structure_method(name).recipe``, trains as its authors do; without one it learns from the
-            model's answers alone.
+            method's own, ``structure_method(name).recipe``, trains as its authors do, at ``settings.lr``, which is
+            theirs where it is ``recipe.lr``; without one it learns from the model's answers alone.
         multiples: of kept counts.
         options: of the method, such as ``blocks`` of wdpruning.
 

@@ -279,7 +279,7 @@ class _Run:
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         if self.method is not None:
-            self.method.after_backward(self.plain, self._mean)
+            self.method.after_backward(self.plain)
         self.accelerator.clip_grad_norm_(self.clipped, 1.0)
         self.optimizer.step()
         if self.method is not None:
@@ -377,7 +377,8 @@ class _Run:
     def _lr(self, group: Mapping[str, Any], done: float) -> float:
         """The learning rate of a group of the optimiser."""
         if "peak" in group:
-            return group["peak"] * learning_rate_share(done, 0.0, self.recipe.last_lr)
+            since = max(0.0, done - group["begins"]) / (1 - group["begins"])
+            return float(group["peak"]) * learning_rate_share(since, 0.0, self.recipe.last_lr)
         return self.settings.lr * self._lr_share(done, group["own"])
 
     def _mean(self, value: Tensor) -> Tensor:
@@ -494,6 +495,7 @@ def _method_groups(method: StructureMethod | None, lr: float) -> list[dict[str, 
             "weight_decay": 0.0,
             "maximize": group.ascent,
             "peak": lr if group.lr is None else group.lr,
+            "begins": group.begins,
         }
         for group in (method.groups() if method else ())
     ]

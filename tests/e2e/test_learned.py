@@ -13,9 +13,12 @@ from small import PROFILE
 
 from vitprune.model.timm import from_timm
 from vitprune.plan import Plan
+from vitprune.search.counts import Counts
+from vitprune.search.landing import Measured
 from vitprune.search.latency import Circumstances, LatencyTable, Levels, Pieces
-from vitprune_deploy.build import build
-from vitprune_deploy.build.learned import LEARNING
+from vitprune_deploy.build import build, choose
+from vitprune_deploy.build.bench import Bench
+from vitprune_deploy.build.learned import LEARNING, search
 from vitprune_deploy.build.pipeline import run
 from vitprune_deploy.build.runtimes import device
 from vitprune_deploy.build.training import share
@@ -51,7 +54,7 @@ def record_table(profile: Profile, path: Path) -> None:
 
 
 @pytest.mark.e2e
-def test_learned_widths_go_into_the_engine_after_an_interruption(tmp_path, images):
+def test_learned_widths_go_into_the_engine_after_an_interruption(tmp_path, images, monkeypatch):
     (tmp_path / "small.yaml").write_text(PROFILE.format(images=images))
     profile = load_profile(tmp_path / "small.yaml", [*QUICK, f"measure.table={tmp_path / 'table.json'}"])
     record_table(profile, tmp_path / "table.json")
@@ -82,6 +85,7 @@ def test_learned_widths_go_into_the_engine_after_an_interruption(tmp_path, image
     again = json.loads((out / "frontier.json").read_text())
     assert len(again) == 1
     assert tightest(profile, out)["status"] == "unreachable"
+    assert landed(profile, out, monkeypatch) == ["under", True]
     assert shared(profile, out) == sorted(path.name for path in (out / ".work").glob("learn-*/*"))
 
 
@@ -94,9 +98,26 @@ def shared(profile: Profile, out: Path) -> list[str]:
     return sorted(path.name for path in (*folder.iterdir(), *(out / ".work").glob("learn-*/stage.json")))
 
 
+def landed(profile: Profile, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The outcome on a device that takes a little longer than the table says for all but the dense model."""
+    bench = run(profile, out, Console(quiet=True), until="learn")
+    table = LatencyTable.from_dict(bench.json("measure", "latency_table.json"))
+
+    def measure(bench: Bench, plans: list[Counts], *_: Any) -> list[Measured]:
+        dense_ms, ms = map(table.predict_ms, plans)
+        return [Measured(dense_ms, dense_ms, dense_ms), Measured(*(1.03 * ms,) * 3)]
+
+    monkeypatch.setattr(choose, "measure_counts", measure)
+    (folder := out / "landed").mkdir()
+    search(bench, folder)
+    found = json.loads((folder / "search.json").read_text())
+    return [found["status"], found["chosen"]["measured_ms"] <= found["budget_ms"]]
+
+
 def tightest(profile: Profile, out: Path) -> dict[str, Any]:
-    """What the search says of a budget below all that may be left."""
-    prune = profile.prune.model_copy(update={"learned": profile.prune.learned.model_copy(update={"max_steps": 1})})
+    """What the search says of a budget below all that may be left, of a method that needs to know what is left."""
+    learned = profile.prune.learned.model_copy(update={"method": "s2vite", "max_steps": 1})
+    prune = profile.prune.model_copy(update={"learned": learned})
     budget = profile.budget.model_copy(update={"speedup": 1000.0})
     asked = profile.model_copy(update={"prune": prune, "budget": budget})
     found = run(asked, out / "tight", Console(quiet=True), until="search").json("search", "search.json")

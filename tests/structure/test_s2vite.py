@@ -12,7 +12,7 @@ from vitprune.model.vit import fingerprint
 from vitprune.plan import BlockPlan, Plan
 from vitprune.recover import Batch, RecoverSettings, recover
 from vitprune.structure.base import Multiples
-from vitprune.structure.s2vite import S2ViTE, death_rate, drop_and_grow, head_scores, unit_scores
+from vitprune.structure.s2vite import S2ViTE, death_rate, drop_and_grow, head_scores, unit_scores, weight_sums
 from vitprune.surgery import build, prune
 
 SMALL = Multiples(1, 8)
@@ -56,15 +56,17 @@ def test_the_same_share_of_each_block_is_active_all_the_time_and_other_units_in_
     model = tiny_vit()
     student = build(model.config, model.state_dict())
     method = S2ViTE(student, macs_budget(model.config, 0.6), SMALL, steps=12)
-    first = {name: value.clone() for name, value in method.named_buffers()}
     sizes = []
 
     def count(*_):
-        sizes.append([int(active.sum()) for active in method.buffers()])
+        sizes.append([int(active.sum()) for active in (*heads(), *units())])
         closed = [
             not a.any() or (b.mlp.fc2.weight[:, ~a] == 0).all() for b, a in zip(student.blocks, units(), strict=True)
         ]
         assert all(closed)
+
+    def heads():
+        return [getattr(method, f"heads{number}") for number in range(2)]
 
     def units():
         return [getattr(method, f"mlp{number}") for number in range(2)]
@@ -72,11 +74,30 @@ def test_the_same_share_of_each_block_is_active_all_the_time_and_other_units_in_
     def batches(epoch):
         return [Batch(images(8, seed=epoch))]
 
+    first = [active.clone() for active in (*heads(), *units())]
     settings = RecoverSettings(steps=12, checks=1, lr=1e-3)
     recover(student, model, batches, images(4), settings, method=method, progress=count)
     assert sizes == [sizes[0]] * 12
-    assert sizes[0][0] == sizes[0][2]  # heads of both blocks
-    assert any(not torch.equal(first[name], value) for name, value in method.named_buffers())
+    assert sizes[0][0] == sizes[0][1]  # heads of both blocks
+    assert any(not torch.equal(*pair) for pair in zip(first, (*heads(), *units()), strict=True))
+
+
+def test_a_tighter_plan_keeps_the_strongest_of_what_is_active():
+    model = tiny_vit()
+    method = S2ViTE(model, macs_budget(model.config, 0.6), SMALL)
+    method.attach(model)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight *= torch.linspace(2, 1, 64)[:, None]
+        method.strength0.copy_(torch.tensor([1.0, 4.0, 3.0, 2.0]))
+    method.budget = method.budget._replace(share=0.3)
+    kept = method.finish(model).blocks[0]
+    for units, active, strength in (
+        (kept.heads, method.heads0, method.strength0),
+        (kept.mlp, method.mlp0, weight_sums(model.blocks[0].mlp)),
+    ):
+        assert 0 < len(units) < int(active.sum())
+        best = strength.masked_fill(~active, -1).argsort(descending=True)[: len(units)]
+        assert list(units) == sorted(best.tolist())
 
 
 @torch.no_grad()

@@ -18,12 +18,12 @@ from vitprune.errors import InputError, NotSupported
 from vitprune.learn import Learned, Trained, learn, structure_method, untrained
 from vitprune.macs import macs
 from vitprune.model.config import VitConfig
-from vitprune.model.vit import Vit, fingerprint
-from vitprune.plan import Plan
+from vitprune.model.vit import Block, Vit, fingerprint
+from vitprune.plan import BlockPlan, Plan
 from vitprune.recover import Batch, RecoverSettings, recover
 from vitprune.search.counts import Counts
 from vitprune.search.latency import LatencyTable
-from vitprune.structure._gates import gated_weights, gates_of, with_weights
+from vitprune.structure._gates import gated_weights, with_weights
 from vitprune.structure.base import Amounts, Multiples
 from vitprune.surgery import prune, reduce_tokens
 from vitprune_deploy.profile.checks import DIM_METHODS
@@ -45,6 +45,29 @@ def learned(name: str) -> tuple[Vit, Learned]:
     """A model, and what the method found within six tenths of its multiply-accumulates."""
     model = tiny_vit()
     return model, learn(name, model, macs_budget(model.config, 0.6), batches, images(8), SETTINGS, multiples=SMALL)
+
+
+def gates_of(block: Block, kept: BlockPlan) -> dict[str, torch.Tensor]:
+    """The gates, 0 and 1, under which ``block`` computes what surgery leaves of it by ``kept``."""
+    gates: dict[str, torch.Tensor] = {}
+    attn, mlp = block.attn, block.mlp
+    if attn is not None:
+        weight = attn.proj.weight
+        for name, size, dims in (("q", attn.qk_dim, kept.qk), ("v", attn.v_dim, kept.v)):
+            gates[name] = weight.new_zeros(attn.heads, size)
+            for place, head in enumerate(kept.heads):
+                gates[name][head, list(dims[place]) if dims else slice(None)] = 1
+        gates |= {
+            "k": gates["q"],
+            "proj": gates["v"],
+            "attn_out": weight.new_full((len(weight),), float(bool(kept.heads))),
+        }
+    if mlp is not None:
+        weight = mlp.fc2.weight
+        gates["fc1"] = weight.new_zeros(mlp.fc2.in_features)
+        gates["fc1"][list(kept.mlp)] = 1
+        gates |= {"fc2": gates["fc1"], "mlp_out": weight.new_full((len(weight),), float(bool(kept.mlp)))}
+    return gates
 
 
 def masked(model: Vit, plan: Plan, x: torch.Tensor) -> torch.Tensor:
@@ -207,6 +230,37 @@ def test_a_tighter_plan_is_taken_from_the_same_training(name):
     sizes = [macs(prune(found.model, found.plan).config) / macs(model.config) for found in (loose, tight)]
     assert sizes[1] <= 0.5 < sizes[0] <= 0.8
     assert again.plan == loose.plan
+
+
+@pytest.mark.parametrize("name", ["s2vite", "cait_cdcp"])
+def test_what_was_trained_is_what_is_cut_however_much_more_may_stay(name):
+    model = tiny_vit()
+    student, method = untrained(name, model, macs_budget(model.config, 0.5), SMALL, SETTINGS)
+    checks = recover(student, model, batches, images(4), SETTINGS, method=method).checks
+    method.train(False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        answers = method.computed(student, lambda: student(images(4)))
+        for share in (0.5, 0.8, 1.0):
+            found = Trained(student, method, checks).within(share)
+            torch.testing.assert_close(prune(found.model, found.plan)(images(4)), answers, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["uvc", "xpruner"])
+def test_a_short_training_ends_near_its_budget_by_itself(name):
+    model = tiny_vit(image=8)
+    steps, budget = RecoverSettings(steps=200, checks=1, lr=1e-3), macs_budget(model.config, 0.5)
+    student, method = untrained(name, model, budget, SMALL, steps)
+    recover(student, model, lambda epoch: [Batch(images(2, size=8))], images(2, size=8), steps, method=method)
+    left = method.amounts() if name == "xpruner" else method.amounts(method.drops(), method.logits)
+    assert 0.2 < budget.cost(left).item() < 0.6  # it may overshoot, and is filled up then
+
+
+def test_costs_tell_trainings_apart():
+    model = tiny_vit()
+    budget = macs_budget(model.config, 0.5)
+    other = budget._replace(cost=lambda left: budget.cost(left).square())
+    names = [structure_method("uvc")(model, one, SMALL).identity for one in (budget, budget, other)]
+    assert names[0] == names[1] != names[2]
 
 
 def test_a_slim_model_recovers_as_any_other():

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..model.vit import Block, Vit
-from ..plan import BlockPlan
 
 T = TypeVar("T")
 BlockGates = Mapping[str, Tensor]
@@ -54,29 +53,6 @@ def with_weights(model: Vit, weights: Mapping[str, Tensor], compute: Callable[[]
     if not weights:
         return compute()
     return functional_call(_Holder(model), {f"model.{name}": value for name, value in weights.items()}, (compute,))
-
-
-def gates_of(block: Block, kept: BlockPlan) -> dict[str, Tensor]:
-    """The gates, 0 and 1, under which ``block`` computes what surgery leaves of it by ``kept``."""
-    gates: dict[str, Tensor] = {}
-    attn, mlp = block.attn, block.mlp
-    if attn is not None:
-        weight = attn.proj.weight
-        for name, size, dims in (("q", attn.qk_dim, kept.qk), ("v", attn.v_dim, kept.v)):
-            gates[name] = weight.new_zeros(attn.heads, size)
-            for place, head in enumerate(kept.heads):
-                gates[name][head, list(dims[place]) if dims else slice(None)] = 1
-        gates |= {
-            "k": gates["q"],
-            "proj": gates["v"],
-            "attn_out": weight.new_full((len(weight),), float(bool(kept.heads))),
-        }
-    if mlp is not None:
-        weight = mlp.fc2.weight
-        gates["fc1"] = weight.new_zeros(mlp.fc2.in_features)
-        gates["fc1"][list(kept.mlp)] = 1
-        gates |= {"fc2": gates["fc1"], "mlp_out": weight.new_full((len(weight),), float(bool(kept.mlp)))}
-    return gates
 
 
 class _Holder(nn.Module):

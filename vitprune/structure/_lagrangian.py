@@ -24,6 +24,6 @@ class Lagrangian(nn.Module):
         over = (kept - target).clamp_min(0)
         return self.lam1 * over + self.lam2 * over.square()
 
-    def group(self) -> Group:
-        """How the multipliers are trained."""
-        return Group([self.lam1, self.lam2], ASCENT_LR, ascent=True)
+    def group(self, begins: float = 0.0) -> Group:
+        """How the multipliers are trained, from a share ``begins`` of the training on."""
+        return Group([self.lam1, self.lam2], ASCENT_LR, ascent=True, begins=begins)

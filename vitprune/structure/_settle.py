@@ -39,6 +39,11 @@ class Counts:
         values[block] = count
         return replace(self, **{kind: tuple(values)})
 
+    def no_more_than(self, other: Counts) -> Counts:
+        """The smaller of both, everywhere."""
+        least = {kind: tuple(map(min, getattr(self, kind), getattr(other, kind))) for kind in KINDS}
+        return replace(self, **least)
+
     def amounts(self, config: VitConfig) -> Amounts:
         """As a cost takes them."""
         dense = Amounts.dense(config)

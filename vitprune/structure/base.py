@@ -3,8 +3,8 @@
 A method attaches gates to heads, dims of queries, keys and values, MLP units, rows of ``proj`` and ``fc2``, or whole
 blocks. Gates multiply the very rows and columns of the weights that surgery cuts out (``_gates.py``), so that a mask
 and a slice cannot drift apart. ``vitprune.recover`` trains the model and calls the hooks below; there is no other loop.
-All that a method knows is in its parameters and buffers, and chance is drawn anew from the number of the step: a
-training that is resumed ends as one that was not interrupted.
+All that a method knows is in its parameters and buffers, and chance is drawn anew from the number of the step, alike
+for every seed of a training: one that is resumed ends as one that was not interrupted.
 """
 
 from __future__ import annotations
@@ -136,11 +136,13 @@ class Group(NamedTuple):
     Attributes:
         lr: peak learning rate; it falls as that of the model's weights does. None: theirs.
         ascent: to make the loss large.
+        begins: share of the training from which they learn; the learning rate falls from there.
     """
 
     parameters: Sequence[nn.Parameter]
     lr: float | None = None
     ascent: bool = False
+    begins: float = 0.0
 
 
 class Kept(NamedTuple):
@@ -224,7 +226,9 @@ class StructureMethod(nn.Module, ABC):
     @property
     def identity(self) -> str:
         """What a checkpoint must have been made with, to be gone on from."""
-        return f"{type(self).__module__} {self.budget.share} of {self.budget.unit} {self.multiples} {self.steps}"
+        half = float(self.budget.cost(Amounts(*(part / 2 for part in Amounts.dense(self.config)))))  # tells costs apart
+        budget = f"{self.budget.share} of {self.budget.unit}, {half:.9g}"
+        return f"{type(self).__module__} {budget} {self.multiples} {self.steps}"
 
     # what the training loop calls, in this order
 
@@ -247,7 +251,7 @@ class StructureMethod(nn.Module, ABC):
         """What is added to the loss, in the forward pass; None: nothing."""
         return None
 
-    def after_backward(self, model: Vit, mean: Mean) -> None:
+    def after_backward(self, model: Vit) -> None:
         """All gradients are there."""
 
     def after_step(self, model: Vit, moment: Moment, mean: Mean) -> None:
@@ -263,9 +267,12 @@ class StructureMethod(nn.Module, ABC):
         """What ``compute`` returns while the weights of ``model`` are multiplied by the gates."""
         return with_weights(model, gated_weights(model, self.gates(), straight=self.straight), compute)
 
-    def lr_at_least(self, published: float, travel: float) -> float:
-        """The published learning rate, or as much as moves by ``travel`` within a third of a shorter training."""
-        return max(published, 3 * travel / self.steps)
+    def lr_at_least(self, published: float, travel: float, begins: float = 0.0) -> float:
+        """The published learning rate, or as much as moves by ``travel`` within a third of a shorter training.
+
+        ``begins``: of the part of it that is left then.
+        """
+        return max(published, 3 * travel / (self.steps * (1 - begins)))
 
 
 def parameters(values: Iterable[Tensor]) -> nn.ParameterList:

@@ -22,7 +22,7 @@ from ..model.vit import Block, Vit
 from ..tokens.base import Recipe
 from ._gates import BlockGates
 from ._settle import block_plans, full, uniform
-from .base import MULTIPLES, Budget, Kept, Mean, Moment, Multiples, StructureMethod, Target
+from .base import MULTIPLES, Budget, Kept, Moment, Multiples, StructureMethod, Target
 
 RAMP = 1 / 3  # share of the training in which masks grow and change
 MEMORY = 0.9  # share of the score so far in the next one
@@ -72,7 +72,7 @@ class CaitCdcp(StructureMethod):
         return found
 
     @torch.no_grad()
-    def after_backward(self, model: Vit, mean: Mean) -> None:
+    def after_backward(self, model: Vit) -> None:
         if self._at_last():
             return
         for number, block in enumerate(model.blocks):
@@ -84,7 +84,7 @@ class CaitCdcp(StructureMethod):
     def finish(self, model: Vit) -> Kept:
         blocks = range(len(model.blocks))
         scores = {kind: [self._score(kind, number) for number in blocks] for kind in KINDS}
-        counts = uniform(self.config, self.budget, self.multiples, KINDS, tied=False)
+        counts = uniform(self.config, self.budget, self.multiples, KINDS, tied=False).no_more_than(self.counts)
         return Kept(block_plans(counts, scores, self.config))
 
     def _at_last(self) -> bool:

@@ -29,6 +29,7 @@ from .base import MULTIPLES, Budget, Kept, Mean, Moment, Multiples, StructureMet
 EVERY, LONG = 15_000, 100  # steps between two changes, and changes in a whole training
 T_END = 0.8  # share of the training after which nothing dies
 MOST, LEAST = 0.5, 0.005  # share of what is active that dies, at first and at last
+KINDS = ("heads", "mlp")
 UNITS_SEED, HEADS_SEED = 1 << 20, 1 << 21  # numbers that no step has
 
 
@@ -59,10 +60,11 @@ class S2ViTE(StructureMethod):
     def __init__(self, model: Vit, budget: Budget, multiples: Multiples = MULTIPLES, steps: int = 1) -> None:
         super().__init__(model, budget, multiples, steps)
         self.every = max(1, min(EVERY, steps // LONG))
-        counts = uniform(model.config, budget, multiples, ("heads", "mlp"), tied=False)
+        self.counts = uniform(model.config, budget, multiples, KINDS, tied=False)
         for number, block in enumerate(model.config.blocks):
-            self._start(f"heads{number}", block.heads, counts.heads[number], HEADS_SEED + number)
-            self._start(f"mlp{number}", block.mlp, counts.mlp[number], UNITS_SEED + number)
+            self._start(f"heads{number}", block.heads, self.counts.heads[number], HEADS_SEED + number)
+            self._start(f"mlp{number}", block.mlp, self.counts.mlp[number], UNITS_SEED + number)
+            self.register_buffer(f"strength{number}", torch.ones(block.heads))
         self._changing = False
         self._seen: dict[int, Tensor] = {}  # what the heads of a block give, [B, N, H V]
 
@@ -99,7 +101,8 @@ class S2ViTE(StructureMethod):
             rate = death_rate(moment.done)
             for number, block in enumerate(model.blocks):
                 strength, promise = head_scores(self._seen.pop(number), cast(Block, block).attn.heads)
-                self._change(f"heads{number}", mean(strength), mean(promise), rate)
+                self._of(f"strength{number}").copy_(mean(strength))
+                self._change(f"heads{number}", self._of(f"strength{number}"), mean(promise), rate)
                 self._change(f"mlp{number}", *unit_scores(cast(Block, block).mlp), rate)
         self._close(model)
 
@@ -107,16 +110,18 @@ class S2ViTE(StructureMethod):
     def finish(self, model: Vit) -> Kept:
         self._close(model)
         for number, block in enumerate(model.blocks):
-            fold_value_bias(cast(Block, block).attn, ~self._active(f"heads{number}"))
-        blocks = range(len(model.blocks))
-        scores = {kind: [self._active(f"{kind}{number}").float() for number in blocks] for kind in ("heads", "mlp")}
-        return Kept(
-            block_plans(
-                uniform(self.config, self.budget, self.multiples, tuple(scores), tied=False), scores, self.config
-            )
-        )
+            fold_value_bias(cast(Block, block).attn, ~self._of(f"heads{number}"))
+        counts = uniform(self.config, self.budget, self.multiples, KINDS, tied=False).no_more_than(self.counts)
+        blocks = [cast(Block, block) for block in model.blocks]
+        heads = [self._ranked(f"heads{number}", self._of(f"strength{number}")) for number in range(len(blocks))]
+        units = [self._ranked(f"mlp{number}", weight_sums(block.mlp)) for number, block in enumerate(blocks)]
+        return Kept(block_plans(counts, {"heads": heads, "mlp": units}, self.config))
 
-    def _active(self, name: str) -> Tensor:
+    def _ranked(self, name: str, strength: Tensor) -> Tensor:
+        """Scores of units of which those that are not active are the least, and then the weakest."""
+        return self._of(name) * (1 + strength / strength.max().clamp_min(1e-30))
+
+    def _of(self, name: str) -> Tensor:
         return cast(Tensor, getattr(self, name))
 
     def _start(self, name: str, units: int, count: int, seed: int) -> None:
@@ -125,14 +130,14 @@ class S2ViTE(StructureMethod):
         self.register_buffer(name, active)
 
     def _change(self, name: str, strength: Tensor, promise: Tensor, rate: float) -> None:
-        self._active(name).copy_(drop_and_grow(self._active(name), strength, promise, rate))
+        self._of(name).copy_(drop_and_grow(self._of(name), strength, promise, rate))
 
     @torch.no_grad()
     def _close(self, model: Vit) -> None:
         """Zeros in the weights of what is not active."""
         for number, block in enumerate(model.blocks):
             attn, mlp = cast(Block, block).attn, cast(Block, block).mlp
-            heads, units = self._active(f"heads{number}"), self._active(f"mlp{number}")
+            heads, units = self._of(f"heads{number}"), self._of(f"mlp{number}")
             of_q, of_v = (heads.repeat_interleave(size) for size in (attn.qk_dim, attn.v_dim))
             attn.qkv.weight[~torch.cat([of_q, of_q, of_v])] = 0
             mlp.fc1.weight[~units.repeat(2 if mlp.gated else 1)] = 0
@@ -148,12 +153,16 @@ def head_scores(given: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 def unit_scores(mlp: Mlp) -> tuple[Tensor, Tensor]:
     """The absolute sums of each unit's weights, of ``fc1`` and of ``fc2``, and of their gradients."""
+    return weight_sums(mlp), _sums(cast(Tensor, mlp.fc1.weight.grad), cast(Tensor, mlp.fc2.weight.grad))
 
-    def sums(rows: Tensor, columns: Tensor) -> Tensor:
-        return rows.abs().sum(1).unflatten(0, (-1, columns.shape[1])).sum(0) + columns.abs().sum(0)
 
-    grads = cast(Tensor, mlp.fc1.weight.grad), cast(Tensor, mlp.fc2.weight.grad)
-    return sums(mlp.fc1.weight, mlp.fc2.weight), sums(*grads)
+def weight_sums(mlp: Mlp) -> Tensor:
+    """The first of ``unit_scores``."""
+    return _sums(mlp.fc1.weight, mlp.fc2.weight)
+
+
+def _sums(rows: Tensor, columns: Tensor) -> Tensor:
+    return rows.abs().sum(1).unflatten(0, (-1, columns.shape[1])).sum(0) + columns.abs().sum(0)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ of the multiplier is clamped, not the gap to the budget, whose gradient vanishes
 At the end dims of values are dropped equally many from each head of a block, since other numbers cannot be computed as
 one product; each kind's gradient is clipped on its own. What drops from queries and keys are whole heads. In a training
 of less than their 75,000 steps, s and r follow the gradient per share of the units instead of per unit, fast enough to
-cross their range, and y and p rise as much faster. Their gates on patches are left out: token methods are for that.
+cross their range. Their gates on patches are left out: token methods are for that.
 """
 
 from __future__ import annotations
@@ -125,31 +125,35 @@ class UVC(StructureMethod):
     def after_step(self, model: Vit, moment: Moment, mean: Mean) -> None:
         for number, block in enumerate(model.blocks):
             self._shrink(cast(Block, block), number, moment.lr)
-        cost, slopes, gate_slope = self._cost_gradients()
+        _, slopes, gate_slope = self._cost_gradients()
         scores = self._scores(model)
         for kind in self.kinds:
             self._move(kind, scores[kind], slopes[kind])
         self._move_gates(moment, gate_slope)
-        stretch = max(1.0, PUBLISHED_STEPS / self.steps)
         for kind in self.kinds:
             for number, one in enumerate(scores[kind]):
                 drop, y = (
                     buffer[number][..., : len(one)] if kind == "v" else buffer[number] for buffer in self._pair(kind)
                 )
-                y.copy_(ascended(y, Y_LR * stretch, (one * least(one, drop)).sum(-1)))
+                y.copy_(ascended(y, Y_LR, (one * least(one, drop)).sum(-1)))
         z = cast(Tensor, self.z)
-        z.copy_(ascended(z, z_lr(moment.done), (cost - self.budget.share).clamp(-MOST_GAP, MOST_GAP)))
+        gap = self._cost_gradients()[0] - self.budget.share
+        z.copy_(ascended(z, z_lr(moment.done), gap.clamp(-MOST_GAP, MOST_GAP)))
 
     @torch.no_grad()
     def finish(self, model: Vit) -> Kept:
         runs = (self.logits[:, 1] > self.logits[:, 0]).tolist()
-        left = self.amounts({kind: self._pair(kind)[0] for kind in self.kinds}, self.logits)
+        left = self.amounts(self.drops(), self.logits)
         wanted = {kind: getattr(left, kind).tolist() for kind in self.kinds}
         scores = {kind: of for kind, of in self._scores(model).items() if kind in self.kinds}
         if not any(runs):
             runs[int((self.logits[:, 1] - self.logits[:, 0]).argmax())] = True
         counts = settle(wanted, scores, self.config, self.budget, self.multiples, runs=runs)
         return Kept(block_plans(counts, scores, self.config))
+
+    def drops(self) -> dict[str, Tensor]:
+        """What drops, by kind."""
+        return {kind: self._pair(kind)[0] for kind in self.kinds}
 
     def _pair(self, kind: str) -> tuple[Tensor, Tensor]:
         """What drops of a kind, and its multipliers."""
@@ -186,7 +190,7 @@ class UVC(StructureMethod):
     def _cost_gradients(self) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The cost, and its gradients at what drops and at the gates."""
         with torch.enable_grad():
-            drops = {kind: self._pair(kind)[0].clone().requires_grad_() for kind in self.kinds}
+            drops = {kind: drop.clone().requires_grad_() for kind, drop in self.drops().items()}
             logits = self.logits.detach().clone().requires_grad_()
             cost = self.budget.cost(self.amounts(drops, logits))
             slopes = torch.autograd.grad(cost, [*drops.values(), logits], allow_unused=True, materialize_grads=True)

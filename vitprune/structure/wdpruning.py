@@ -41,7 +41,7 @@ CLASSIFIER = ("norm.", "head.", "head_dist.")  # names of the model's weights be
 
 def kept_count(theta: float, units: int, multiple: int) -> int:
     """``ceil(sigmoid(theta) * units)``; the nearest multiple, or the larger of two, if ``multiple`` divides it."""
-    count = math.ceil(units / (1 + math.exp(-theta)))
+    count = math.ceil(units / (1 + math.exp(min(-theta, 700.0))))  # beyond, exp overflows
     if units % multiple == 0:
         count = max(multiple, (2 * count + multiple) // (2 * multiple) * multiple)
     return min(max(1, count), units)

@@ -5,11 +5,11 @@ authors published no code (their repository says that it is to come), and what i
 abstract and from what others wrote of it: this is a reconstruction, and their figures are not claimed for it.
 Known: a mask value for each class and unit, learned end to end with penalties on size and smoothness; the importance of
 a unit is the sum of its values over the classes; a threshold for each layer is searched under a budget; fine-tuning.
-Ours: in the first half of the training the gates of an image's class multiply what heads and MLP units give (of mixed
-classes, their mean). In the second half the gates of the classes are gone, a unit is kept where its importance is above
-the layer's threshold, straight through a sigmoid, and the budget is WDPruning's augmented Lagrangian. The label is not
-known when the model answers, so the gates of the classes only score: they are in no model that comes out of this.
-Images without labels belong to the class that the teacher takes them for.
+Ours: of the values, absolute ones are summed. In the first half of the training the gates of an image's class multiply
+what heads and MLP units give (of mixed classes, their mean). In the second half the gates of the classes are gone, a
+unit is kept where its importance is above the layer's threshold, straight through a sigmoid, and the budget is
+WDPruning's augmented Lagrangian. The label is not known when the model answers, so the gates of the classes only score:
+they are in no model that comes out of this. Images without labels belong to the class that the teacher takes them for.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ class XPruner(StructureMethod):
 
     def groups(self) -> list[Group]:
         masks = Group(list(self.masks.parameters()), self.lr_at_least(MASK_LR, 0.1))
-        thresholds = Group(list(self.thresholds.parameters()), self.lr_at_least(THRESHOLD_LR, -LOWEST))
-        return [masks, thresholds, self.lagrangian.group()]
+        lr = self.lr_at_least(THRESHOLD_LR, -LOWEST, SEARCH_FROM)
+        thresholds = Group(list(self.thresholds.parameters()), lr, begins=SEARCH_FROM)
+        return [masks, thresholds, self.lagrangian.group(SEARCH_FROM)]
 
     def attach(self, model: Vit) -> list[RemovableHandle]:
         def gate(kind: str, number: int) -> Any:

@@ -67,7 +67,7 @@ def train(bench: Bench, folder: Path) -> None:
     from vitprune.recover import RecoverSettings, recover
 
     wanted = bench.profile.prune.learned
-    student, method = _method(bench)
+    student, method = _method(bench, _budget(bench, _table(bench)))
     recipe = method.recipe if wanted.recipe == "published" else None
     lr = wanted.lr or (recipe.lr if recipe else LR)
     found = recover(
@@ -92,7 +92,7 @@ def search(bench: Bench, folder: Path) -> None:
     table, trained = _table(bench), _trained(bench)
     rows, taken = _land(bench, trained, table, folder)
     chosen, found = taken.row, taken.found
-    status, reason = _status(bench, taken)
+    status, reason = _status(bench, taken, len(rows) - 1)
     save_vit(found.model, folder, "learned")
     plan = sparse.with_zeros(found.plan, bench.profile)
     (folder / "plan.yaml").write_text(yaml.safe_dump(plan.to_dict(), default_flow_style=None, sort_keys=False))
@@ -132,15 +132,19 @@ def multiples(bench: Bench) -> Multiples:
     return Multiples(profile.head_multiple, mlp, head_dim, profile.prune.head_dims.minimum)
 
 
-def _method(bench: Bench) -> tuple[Vit, StructureMethod]:
-    """A copy of the dense model, and the method that is to train it within the budget."""
+def _method(bench: Bench, budget: Budget) -> tuple[Vit, StructureMethod]:
+    """A copy of the dense model, and the method that is to train it within the budget, or as near as may be."""
     from vitprune.learn import untrained
     from vitprune.recover import RecoverSettings
+    from vitprune.structure.base import BelowLeast
 
     wanted = bench.profile.prune.learned
     assert wanted.method is not None  # else nothing is learned
     steps = RecoverSettings(wanted.max_steps)
-    return untrained(wanted.method, bench.dense, _budget(bench, _table(bench)), multiples(bench), steps)
+    try:
+        return untrained(wanted.method, bench.dense, budget, multiples(bench), steps)
+    except BelowLeast as error:
+        return untrained(wanted.method, bench.dense, budget._replace(share=error.least), multiples(bench), steps)
 
 
 def _budget(bench: Bench, table: LatencyTable) -> Budget:
@@ -159,7 +163,7 @@ def _trained(bench: Bench) -> Trained:
     from vitprune.recover import Check
 
     folder = bench.folders["learn"]
-    _, method = _method(bench)
+    _, method = _method(bench, _budget(bench, _table(bench)))
     method.load_state_dict(load_file(folder / STATE))
     checks = tuple(Check(**row) for row in bench.json("learn", LEARNING))
     return Trained(load_vit(folder, "learned"), method, checks)
@@ -186,7 +190,7 @@ def _land(bench: Bench, trained: Trained, table: LatencyTable, folder: Path) -> 
     """
     rows: list[Row] = []
     taken: list[_Taken] = []
-    share = trained.method.budget.share
+    share = _budget(bench, table).share
     for number in range(1, max(1, bench.profile.search.landings) + 1):
         found, least = _take(bench, trained, share)
         if any(found.plan == one.found.plan for one in taken):
@@ -197,6 +201,8 @@ def _land(bench: Bench, trained: Trained, table: LatencyTable, folder: Path) -> 
         taken.append(_Taken(row, found, dense_ms, several.budget_ms(bench, dense_ms), least))
         if NEAR <= taken[-1].share <= 1 or least:
             break
+        if taken[-1].share > 1:  # what was taken may cost less than it might have, by the multiples
+            share = min(share, row.point.predicted_ms / dense.point.predicted_ms)
         share = min(1.0, share * TIGHTER / taken[-1].share)
     shutil.rmtree(folder / "candidates", ignore_errors=True)
     within = [one for one in taken if one.share <= 1]
@@ -233,17 +239,15 @@ def _measured(bench: Bench, found: Learned, table: LatencyTable, number: int, fo
     return dense, row
 
 
-def _status(bench: Bench, taken: _Taken) -> tuple[str, str]:
-    """What a search says of a plan."""
-    landings = bench.profile.search.landings
+def _status(bench: Bench, taken: _Taken, plans: int) -> tuple[str, str]:
+    """What a search says of a plan, one of so many that were taken."""
     if taken.share <= 1:
-        how = "and measured" if landings else "and predicted by the latency table, not measured"
+        landed = bench.profile.search.landings
+        how = "and measured" if landed else "and predicted by the latency table, not measured"
         return "under", f"learned by {bench.profile.prune.learned.method}, {how}"
     took = f"{taken.row.measured.ms:.4g} ms of a budget of {taken.budget_ms:.4g} ms"
-    took = f"the fastest plan that was taken from what was learned takes {took}"
-    if taken.least:
-        return "unreachable", f"{took}, and no less may be left"
-    return "over", f"{took} after {max(1, landings)} rounds"
+    took = f"the fastest of {plans} plans that were taken from what was learned takes {took}"
+    return ("unreachable", f"{took}, and no less may be left") if taken.least else ("over", took)
 
 
 def _point(counts: Counts, table: LatencyTable, loss: float) -> Any:

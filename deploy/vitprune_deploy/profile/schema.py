@@ -351,7 +351,8 @@ class LearnedWidths(Section):
         description="distil: learn the unpruned model's answers; published: what the method's authors train with",
     )
     lr: Annotated[float, Field(gt=0, le=10)] | None = Field(
-        default=None, description="peak learning rate of the model's weights; null: as recover.lr"
+        default=None,
+        description="peak learning rate of the model's weights; null: 1e-4, or what the method's authors took",
     )
 
 
