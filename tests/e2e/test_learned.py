@@ -99,13 +99,16 @@ def shared(profile: Profile, out: Path) -> list[str]:
 
 
 def landed(profile: Profile, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The outcome on a device that takes a little longer than the table says for all but the dense model."""
+    """The outcome on a device on which the first plan is a little over the budget, whatever the table says of it."""
     bench = run(profile, out, Console(quiet=True), until="learn")
     table = LatencyTable.from_dict(bench.json("measure", "latency_table.json"))
 
+    factors = []
+
     def measure(bench: Bench, plans: list[Counts], *_: Any) -> list[Measured]:
         dense_ms, ms = map(table.predict_ms, plans)
-        return [Measured(dense_ms, dense_ms, dense_ms), Measured(*(1.03 * ms,) * 3)]
+        factors.append(1.01 * dense_ms / 1.3 / ms)
+        return [Measured(dense_ms, dense_ms, dense_ms), Measured(*(factors[0] * ms,) * 3)]
 
     monkeypatch.setattr(choose, "measure_counts", measure)
     (folder := out / "landed").mkdir()
