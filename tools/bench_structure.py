@@ -253,9 +253,9 @@ the 10,000 test images. *Trained*: {recovery} steps of distillation, alike for a
 budget by measured losses and times, and the score says which units of a half go; the other allocations are the
 published ones of `vitprune/search/allocation.py`, which go by scores alone. *Learned*: the method has trained weights
 and widths for {learning} steps before its row *as it comes*. *Speed-up*: measured
-{timed}; *predicted*: the latency table's word. *Above random*: points of top-1 more than random's engine has on the same
-images, with the paired 95% interval; *no* where it is not clear of 0. {cpu}, {cores} cores, shared with others: speed-ups
-are uncertain by several percent. One small model ranks no scores for others.
+{timed}; *predicted*: the latency table's word. *Above random*: points of top-1 more than random's engine has on the
+same images, with the paired 95% interval; *no* where it is not clear of 0. {cpu}, {cores} cores, shared with others:
+speed-ups are uncertain by several percent. One small model ranks no scores for others.
 """
 
 
