@@ -287,6 +287,15 @@ def test_any_threshold_takes_the_first_steps_of_each_block(merge):
         assert (gone.int().diff(dim=1) <= 0).all()
 
 
+@pytest.mark.parametrize("merge", ["hull", "cumulative"])
+def test_steps_that_took_nothing_change_no_score(merge):
+    costs, order = random(40, 15).abs(), random(40, 15, seed=1).argsort(1)
+    whole = step_scores(Trace(order[:, :9], costs[:, :9]), 15, merge, PLAIN).gather(1, order[:, :9])
+    order[:, 9:], costs[:, 9:] = -1, 0
+    found = step_scores(Trace(order, costs), 15, merge, PLAIN).gather(1, order[:, :9])
+    torch.testing.assert_close(found, whole, rtol=1e-13, atol=0)
+
+
 def best_prefixes(sums, count):
     """Least sum over blocks of ``sums`` [blocks, steps + 1] with ``count`` steps in all, by dynamic programming."""
     best = torch.full((count + 1,), torch.inf, dtype=sums.dtype)
@@ -305,13 +314,16 @@ def test_merging_by_hull_slopes_is_nearly_the_best_choice_of_prefixes(share):
     for seed in range(60):
         h = hessians(12, 10, share, seed=10 * seed) * random(12, 1, 1, seed=seed).mul(2).exp()
         w = random(12, 10, seed=seed + 1)
-        trace = sweep(w, torch.linalg.inv(h), torch.ones(12, 10, dtype=torch.bool), PLAIN)
-        sums = torch.cat([torch.zeros(12, 1, dtype=w.dtype), trace.costs.cumsum(1)], 1)
-        best = best_prefixes(sums, 60)
+        alive = random(12, 10, seed=seed + 2) > (-0.7 if seed % 2 else -torch.inf)  # some blocks have zeros
+        trace, count = sweep(w, torch.linalg.inv(h), alive, PLAIN), int(alive.sum()) - 60
+        costs = torch.where(trace.order < 0, torch.inf, trace.costs)
+        sums = torch.cat([torch.zeros(12, 1, dtype=w.dtype), costs.cumsum(1)], 1)
+        best = best_prefixes(sums, count)
         for merge in ("hull", "cumulative"):
-            counts = (~masked(step_scores(trace, 10, merge, PLAIN), PLAIN, 0.5)).sum(1, keepdim=True)
+            scores = torch.where(alive, step_scores(trace, 10, merge, PLAIN), -torch.inf)
+            counts = (~masked(scores, PLAIN, 0.5) & alive).sum(1, keepdim=True)
             ratios[merge].append(float(sums.gather(1, counts).sum()) / best)
-        blocks = trace.costs.flatten().argsort()[:60] // 10
+        blocks = costs.flatten().argsort()[:count] // 10
         counts = torch.bincount(blocks, minlength=12)[:, None]
         ratios["incremental"].append(float(sums.gather(1, counts).sum()) / best)
     mean = {name: sum(some) / len(some) for name, some in ratios.items()}

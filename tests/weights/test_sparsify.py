@@ -114,11 +114,13 @@ def test_gradients_are_those_of_each_image_alone(variant):
         torch.testing.assert_close(v.gradients(slice(0, 4), 4), whole[name][:8, :4].unflatten(0, (2, 4)).mean(1))
 
 
-@pytest.mark.parametrize("reducer", ["evit", "tome", "psvit"])
-def test_gradients_where_rows_read_different_tokens(reducer):
-    config = tiny_config(dim=16, heads=2, mlp=32, image=16, depth=3, reducer=reducer, keep={1: 9})
-    last = replace(config.blocks[2], patches=0)  # computed for the class token alone
-    model = build(config.with_blocks([*config.blocks[:2], last], reducer))
+@pytest.mark.parametrize(
+    ("reducer", "pool"), [("evit", "token"), ("tome", "token"), ("psvit", "token"), ("evovit", "avg")]
+)
+def test_gradients_where_rows_read_different_tokens(reducer, pool):
+    config = tiny_config(dim=16, heads=2, mlp=32, image=16, depth=3, reducer=reducer, pool=pool, keep={1: 9})
+    last = replace(config.blocks[-1], patches=0)  # computed for the class token alone
+    model = build(config.with_blocks([*config.blocks[:-1], last], reducer) if pool == "token" else config)
     randomise(model)
     model, some, labels = model.double(), pictures(8).double(), torch.arange(8)
     chosen = chosen_layers(model, Pattern(), None)
