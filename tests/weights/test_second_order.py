@@ -144,6 +144,25 @@ def test_dynamic_mfac_begins_as_the_static_one_and_goes_on_with_what_is_new():
     torch.testing.assert_close(found.weight, wanted.weight, rtol=1e-4, atol=1e-5)  # the window is in fp32
 
 
+def test_a_window_keeps_its_blocks_whatever_number_of_gradients_comes(monkeypatch):
+    """A part of the rows for each window, not for each number of gradients."""
+    monkeypatch.setattr(_fisher, "CHUNK_BYTES", 8 * 16 * 40)  # one row at a time beside 40 gradients, two beside 20
+    method = Mfac(block=16, window=20)
+    for m in (40, 10):
+        list(method.prune([layer_with(correlated(6, m, 16, 0.6), random(6, 16))], PLAIN, 0.5))
+    assert sorted(method.windows) == [("layer", first) for first in (0, 2, 4)]
+    assert {window.filled for window in method.windows.values()} == {20}
+
+
+def test_the_first_pruning_and_one_without_a_window_look_at_all_images():
+    method = Mfac(block=16, window=20)
+    assert method.images_of(3, 100) == slice(0, 100)  # taken up again: nothing is in the window
+    list(method.prune([layer_with(correlated(2, 20, 16, 0.6))], PLAIN, 0.5))
+    assert method.images_of(3, 100) == slice(50, 75)
+    assert method.images_of(0, 100) == slice(0, 100)
+    assert not method.windows  # another model's gradients
+
+
 def hessians(n, width, share, seed=0):
     x = correlated(n, 200, width, share, seed)
     return torch.einsum("snw,snv->nwv", x, x) / 200 + 1e-4 * torch.eye(width, dtype=x.dtype)
