@@ -103,7 +103,10 @@ def test_gate_gradients_are_those_of_a_factor_on_each_unit(variant):
     assert torch.equal(found.labels, labels)
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS[:3], {"patches_out": 0}])
+PARKING = {"reducer": "evovit", "keep": {1: 30}, "pool": "avg"}  # what is parked counts in the mean
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS[:3], {"patches_out": 0}, PARKING])
 def test_reading_gates_are_the_sums_of_weight_times_gradient_over_what_a_unit_reads_with(variant):
     last = {"keep": {1: 0}} if variant.pop("patches_out", None) == 0 else {}
     model, pictures = tiny_vit(**variant, **last).double(), images(1).double()

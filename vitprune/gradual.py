@@ -110,8 +110,10 @@ class Gradual(KeptZeros):
         target = RULES[self.rule](self.begin, max(self.begin, self.thinner.sparsity), due / self.steps)
         trains = self.thinner.model.training
         self.thinner.model.eval()
-        self.thinner.thin(target)
-        self.thinner.model.train(trains)
+        try:
+            self.thinner.thin(target)
+        finally:
+            self.thinner.model.train(trains)
         self.thinner.steps, self.masks = due, self.thinner.masks()
 
     def state_dict(self) -> dict[str, Tensor]:

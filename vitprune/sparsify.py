@@ -15,11 +15,10 @@ from . import parts
 from .errors import InputError
 from .model.vit import Vit
 from .weights._layers import Curvatures, Gradients, Moments, Plain, linears
-from .weights.base import Layers, Pattern, Progress, Pruned, WeightMethod
+from .weights.base import FEWEST_SAMPLES, Layers, Pattern, Progress, Pruned, WeightMethod
 
 MLP = r"blocks\.\d+\.mlp\.fc[12]"
 BLOCKS = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
-FEWEST_IMAGES = 8  # below, statistics are little but their damping
 
 
 class Sparse(NamedTuple):
@@ -62,12 +61,14 @@ def sparsify(
         layers: regular expression for the names of the layers; by default the MLPs' for N:M, else all of the blocks.
         labels: classes of the images [M], where gradients are to be those of the training loss (the empirical
             Fisher); None: drawn from the model's own output.
-        recompute: in how many steps, with new statistics for each; by default the method's.
+        recompute: in how many steps, 1 or more, with new statistics for each; by default the method's.
 
     Raises:
         InputError: an argument is out of range, the pattern does not divide a layer's rows, or the statistics cannot
             be used.
     """
+    if recompute is not None and recompute < 1:
+        raise InputError(f"recompute is the number of steps, 1 or more, got {recompute}")
     thinner = Thinner(
         copy.deepcopy(model).eval(), images, method, pattern, sparsity, layers=layers, labels=labels, seed=seed
     )
@@ -99,12 +100,13 @@ class Thinner:
     ) -> None:
         if isinstance(method, str):
             method = parts.load("vitprune.weights", method, WeightMethod)()  # type: ignore[type-abstract]
-        self.model, self.method, self.images, self.labels, self.seed = model, method, images, labels, seed
+        self.model, self.method, self.images, self.seed = model, method, images, seed
         self.pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
         self.sparsity = wanted_sparsity(self.pattern, sparsity)
         self.chosen = chosen_layers(model, self.pattern, layers)
         self.steps = 0
         _check_images(method, images, labels)
+        self.labels = None if labels is None else _checked_labels(labels, model.config.classes)
 
     @property
     def zeros(self) -> float:
@@ -118,13 +120,24 @@ class Thinner:
 
     @torch.no_grad()
     def thin(self, sparsity: float, progress: Progress | None = None) -> None:
-        """Make a share ``sparsity`` of the weights 0, with new statistics; the model is in eval mode."""
+        """Make a share ``sparsity`` of the weights 0, with new statistics; the model is in eval mode.
+
+        Whatever is raised meanwhile, the weights are then as they were.
+        """
+        before: dict[str, Tensor] = {}
         waiting: list[Pruned] = []
-        for pruned in self.method.prune(self._layers(progress), self.pattern, sparsity):
-            if self.method.needs == "moments":  # later layers shall read what is left in front of them
-                self.chosen[pruned.name].weight.copy_(pruned.weight)
-            else:
-                waiting.append(pruned)
+        try:
+            for pruned in self.method.prune(self._layers(progress), self.pattern, sparsity):
+                if self.method.needs == "moments":  # later layers shall read what is left in front of them
+                    weight = self.chosen[pruned.name].weight
+                    before[pruned.name] = weight.clone()
+                    weight.copy_(pruned.weight)
+                else:
+                    waiting.append(pruned)
+        except BaseException:
+            for name, weight in before.items():
+                self.chosen[name].weight.copy_(weight)
+            raise
         for pruned in waiting:
             self.chosen[pruned.name].weight.copy_(pruned.weight)
         self.steps += 1
@@ -181,7 +194,7 @@ def chosen_layers(model: Vit, pattern: Pattern, names: str | None) -> dict[str, 
 
 def geometric(begin: float, end: float, done: float) -> float:
     """Sparsity after a share ``done`` of the way, the density falling by the same factor in each step."""
-    return 1 - (1 - begin) * ((1 - end) / (1 - begin)) ** done
+    return 1.0 if begin >= 1 else 1 - (1 - begin) * ((1 - end) / (1 - begin)) ** done
 
 
 def cubic(begin: float, end: float, done: float) -> float:
@@ -196,9 +209,30 @@ def _check_images(method: WeightMethod, images: Tensor | None, labels: Tensor | 
     if method.needs is None:
         return
     count = 0 if images is None else len(images)
-    if count < FEWEST_IMAGES:
+    if count < FEWEST_SAMPLES:
         raise InputError(
-            f"{type(method).__name__} takes {method.needs} of at least {FEWEST_IMAGES} images, got {count}"
+            f"{type(method).__name__} takes {method.needs} of at least {FEWEST_SAMPLES} images, got {count}"
+        )
+    if method.samples(count) < FEWEST_SAMPLES:
+        raise InputError(
+            f"{method} takes at least {FEWEST_SAMPLES} {method.needs}, and {count} images give "
+            f"{method.samples(count)}; give more images, or a smaller grad_batch"
         )
     if labels is not None and len(labels) != count:
         raise InputError(f"there are {count} calibration images and {len(labels)} labels")
+
+
+def _checked_labels(labels: Tensor, classes: int) -> Tensor:
+    """``labels`` as int64.
+
+    Raises:
+        InputError: they are no whole numbers, or one is no class of the model.
+    """
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise InputError(
+            f"labels are the numbers of classes, whole ones [M], got {labels.dtype} of shape {list(labels.shape)}"
+        )
+    wrong = labels[(labels < 0) | (labels >= classes)] if classes else labels[:0]
+    if len(wrong):
+        raise InputError(f"labels are classes from 0 to {classes - 1} of the model, got {int(wrong[0])}")
+    return labels.long()

@@ -238,6 +238,18 @@ def _hooked(handles: list[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
+def features(state: TokenState) -> list[Tensor]:
+    """All features that go on from a block: the tokens', then those of parked ones, which come back later."""
+    return [state.x] if state.parked is None else [state.x, state.parked.x]
+
+
+def detached(state: TokenState) -> tuple[TokenState, list[Tensor]]:
+    """``state`` on its own, and its ``features``, in which gradients may be asked for."""
+    parts = [part.detach().requires_grad_() for part in features(state)]
+    parked = None if state.parked is None else state.parked._replace(x=parts[1])
+    return state._replace(x=parts[0], parked=parked), parts
+
+
 @contextmanager
 def whole_last_block(model: Vit) -> Iterator[None]:
     """Inside, the last block is computed for all tokens, which changes no answer."""
@@ -293,31 +305,33 @@ def _batch_gates(
             state = block(state)
     gates: list[BlockGates] = []
     with torch.enable_grad():
-        x = state.x.detach().requires_grad_()
-        loss, labels = _own_loss(model, model.classify(state._replace(x=x)), generator)
-        (slope,) = torch.autograd.grad(loss, x)
+        state, parts = detached(state)
+        loss, labels = _own_loss(model, model.classify(state), generator)
+        slopes = torch.autograd.grad(loss, parts, materialize_grads=True)  # a class token's head reads no parked ones
         for block, entering in zip(reversed(blocks_of(model)), reversed(states), strict=True):
-            found, slope = _block_gates(block, entering, slope, dims)
+            found, slopes = _block_gates(block, entering, slopes, dims)
             gates.append(found)
     return gates[::-1], labels
 
 
-def _block_gates(block: Block, entering: TokenState, slope: Tensor, dims: bool) -> tuple[BlockGates, Tensor]:
-    """Gate gradients of one block, and the gradient at its input, from ``slope`` at its output."""
+def _block_gates(
+    block: Block, entering: TokenState, slopes: tuple[Tensor, ...], dims: bool
+) -> tuple[BlockGates, tuple[Tensor, ...]]:
+    """Gate gradients of one block, and the gradients at its input, from ``slopes`` at its output."""
     sizes = unit_sizes(block)
     if not sizes:
-        return BlockGates({}, {}), slope
-    x = entering.x.detach().requires_grad_()
+        return BlockGates({}, {}), slopes
+    entering, parts = detached(entering)
     with (
         captured_inputs(block) as written,
         _captured_outputs(in_layers(block)) as read,
         captured_products(block) as pair,
     ):
-        leaving = block(entering._replace(x=x))
+        leaving = block(entering)
     queries = [pair["q"]] if dims and pair else []
     values = [*written.values(), *read.values(), *queries]
-    slopes = torch.autograd.grad(leaving.x, [x, *values], slope)
-    products = [value.detach() * gradient for value, gradient in zip(values, slopes[1:], strict=True)]
+    found = torch.autograd.grad(features(leaving), [*parts, *values], slopes)
+    products = [value.detach() * gradient for value, gradient in zip(values, found[len(parts) :], strict=True)]
     columns = dict(zip(written, (product.sum(1) for product in products), strict=False))
     rows = dict(zip(read, (product.sum(1) for product in products[len(written) :]), strict=False))
     writing: dict[Kind, Tensor] = {h: some.unflatten(-1, (-1, sizes[h])).sum(-1) for h, some in columns.items()}
@@ -328,7 +342,7 @@ def _block_gates(block: Block, entering: TokenState, slope: Tensor, dims: bool) 
         reading["qk"], _, reading["v"] = rows["attn"].split(block.attn.sizes, dim=-1)
     for product in products[len(values) - len(queries) :]:
         writing["qk"] = product.sum(-2).flatten(1)
-    return BlockGates(writing, reading), slopes[0]
+    return BlockGates(writing, reading), found[: len(parts)]
 
 
 def _own_loss(model: Vit, output: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:

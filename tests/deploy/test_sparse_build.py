@@ -262,6 +262,30 @@ def test_zeros_are_off_by_default_and_a_pattern_needs_no_quotes(profile, tmp_pat
     assert profile("prune.mlp.multiple=24").mlp_multiple == 48
 
 
+BLOCKS_OF_4 = "prune.weights={method: magnitude, pattern: block-4, sparsity: 0.5, where: all}"
+TWO_OF_4 = "prune.weights={method: magnitude, where: all}"
+
+
+@pytest.mark.parametrize(
+    ("weights", "mlp", "dims"), [(BLOCKS_OF_4, 12, 4), (TWO_OF_4, 48, 4), ("prune.weights.method=none", 6, 1)]
+)
+def test_widths_that_are_read_are_multiples_of_the_pattern(profile, weights, mlp, dims):
+    found = profile(weights, "prune.mlp.multiple=6", "prune.head_dims={enabled: true, multiple: 1}")
+    assert (found.mlp_multiple, found.head_dim_multiple) == (mlp, dims)
+    narrow = profile(weights.replace("all", "mlp"), "prune.head_dims={enabled: true, multiple: 1}")
+    assert narrow.head_dim_multiple == 1  # attention gets no zeros
+
+
+@pytest.mark.parametrize("weights", [BLOCKS_OF_4, TWO_OF_4])
+def test_channels_that_the_pattern_does_not_divide_are_a_sentence(profile, weights):
+    with pytest.raises(
+        InputError, match=r"prune\.embedding: must be a multiple of 4 for (block-4|2:4) weights, got 190"
+    ):
+        profile(weights, "prune.embedding=190")
+    assert profile(weights, "prune.embedding=188").prune.embedding == 188
+    assert profile("prune.embedding=190").prune.embedding == 190
+
+
 def save(path, text):
     path.write_text(text)
     return path

@@ -19,9 +19,9 @@ from onnx import helper, numpy_helper
 from tiny import images, tiny_vit
 
 from vitprune.errors import NotSupported
-from vitprune_deploy.backends import _trt_sparse
-from vitprune_deploy.backends._trt_common import Refused
-from vitprune_deploy.backends.tensorrt import EngineOptions, Shapes, build_engine
+from vitprune_deploy.backends import _trt_refit, _trt_sparse
+from vitprune_deploy.backends._trt_common import Refused, logger
+from vitprune_deploy.backends.tensorrt import EngineOptions, Shapes, build_engine, sidecar_path
 from vitprune_deploy.export.int8 import quantize
 from vitprune_deploy.export.onnx import export_onnx
 from vitprune_deploy.export.sparsity import check_pattern, compressed_bytes, products
@@ -223,6 +223,42 @@ def test_a_sparse_kernel_in_the_engine_is_proof_and_a_dense_one_is_not():
     found = _trt_sparse.account(NONE, ["fc1", "fc2"], json.dumps({"Layers": layers}))
     assert (found["used"], found["names"], found["proof"]) == (1, ["fc1"], "inspector")
     assert _trt_sparse.account(NEW, [], json.dumps({"Layers": layers[1:]}))["proof"] == "log"
+
+
+@pytest.mark.parametrize(
+    ("layers", "used", "proof"),
+    [
+        ([{"Name": "fc2", "TacticName": "sm80_xmma_gemm_f16f16_f16f32_f32_tn_n"}, "a name alone"], 0, "inspector"),
+        ([{"Name": "fc2"}, {"Name": "fc1", "TacticName": ""}, "a name alone"], None, None),
+    ],
+)
+def test_dense_kernels_alone_are_proof_where_the_log_is_silent(layers, used, proof):
+    found = _trt_sparse.account([], ["fc1"], json.dumps({"Layers": layers}))
+    assert (found["used"], found["names"], found["proof"]) == (used, [], proof)
+
+
+# ---- new weights --------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_skips_zeros_takes_no_weights_without_them(exported, tmp_path):
+    trt = pytest.importorskip("tensorrt_rtx")  # parses without a GPU
+    plan, log = tmp_path / "model.plan", logger(trt)
+    crowded = str(edited(exported(), tmp_path / "crowded.onnx", "blocks.1.mlp.fc2", filled))
+    fitting = [layer.node for layer in products(exported()) if layer.fits]
+    for used in (2, None):  # None: nobody knows
+        sidecar_path(plan).write_text(json.dumps({"sparse": {"used": used, "fitting": fitting}}))
+        _trt_refit.check_zeros(trt, log, plan, str(exported()))
+        with pytest.raises(Refused, match=r"take the weights: those of blocks\.1\.mlp\.fc2/MatMul_\d+ are not 2:4"):
+            _trt_refit.check_zeros(trt, log, plan, crowded)
+    (tmp_path / "bad.onnx").write_bytes(b"no model")
+    with pytest.raises(Refused, match=r"cannot read .*bad\.onnx"):
+        _trt_refit.check_zeros(trt, log, plan, str(tmp_path / "bad.onnx"))
+
+
+@pytest.mark.parametrize("said", [{"sparse": {"used": 0, "fitting": ["a"]}}, {"sparse": None}, {}])
+def test_an_engine_that_skips_no_zeros_takes_any_weights(tmp_path, said):
+    sidecar_path(tmp_path / "model.plan").write_text(json.dumps(said))
+    _trt_refit.check_zeros(None, None, tmp_path / "model.plan", "never read")
 
 
 def test_trtexec_is_allowed_sparse_kernels_as_the_weights_are():

@@ -8,6 +8,7 @@ from tiny import images, labelled_by, tiny_vit
 
 from vitprune.errors import InputError
 from vitprune.gradual import Gradual, KeptZeros
+from vitprune.model.vit import fingerprint
 from vitprune.recover import RecoverSettings, recover
 from vitprune.sparsify import sparsify
 from vitprune.surgery import build
@@ -112,6 +113,16 @@ def test_an_interrupted_training_prunes_on_where_it_was(teacher, tmp_path):
     train(second, teacher, thinning, checkpoint=path)
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(second.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_refused_pruning_leaves_the_student_alone_and_in_training(teacher):
+    student, pictures = copy_of(teacher).train(), images(16)
+    before, pictures[3] = fingerprint(student), torch.nan
+    thinning = Gradual(student, pictures, "sparsegpt", sparsity=0.5)
+    with pytest.raises(InputError, match="no number"):
+        thinning.after_step(0.0)
+    assert student.training
+    assert fingerprint(student) == before
 
 
 def test_2_to_4_is_made_in_one_step(teacher):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from layer_problems import correlated, layer_reading, random
@@ -40,6 +42,14 @@ def test_wanda_by_hand():
 
 def test_wanda_takes_the_same_share_of_each_row(layer):
     assert (prune(Wanda(), layer, sparsity=0.75).mask.sum(1) == 6).all()
+
+
+def test_wanda_takes_the_same_share_of_wide_layers_and_narrow_ones():
+    layers = [layer_reading(random(40, n, seed=n), random(8, n, seed=n + 1)) for n in (8, 32)]
+    layers[1] = replace(layers[1], name="wide")
+    narrow, wide = (pruned.mask for pruned in Wanda(scope="global").prune(layers, Pattern(), 0.5))
+    assert (narrow.sum(1) == 4).all()
+    assert (wide.sum(1) == 16).all()
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

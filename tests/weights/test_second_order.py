@@ -144,6 +144,25 @@ def test_dynamic_mfac_begins_as_the_static_one_and_goes_on_with_what_is_new():
     torch.testing.assert_close(found.weight, wanted.weight, rtol=1e-4, atol=1e-5)  # the window is in fp32
 
 
+def test_a_window_keeps_its_blocks_whatever_number_of_gradients_comes(monkeypatch):
+    """A part of the rows for each window, not for each number of gradients."""
+    monkeypatch.setattr(_fisher, "CHUNK_BYTES", 8 * 16 * 40)  # one row at a time beside 40 gradients, two beside 20
+    method = Mfac(block=16, window=20)
+    for m in (40, 10):
+        list(method.prune([layer_with(correlated(6, m, 16, 0.6), random(6, 16))], PLAIN, 0.5))
+    assert sorted(method.windows) == [("layer", first) for first in (0, 2, 4)]
+    assert {window.filled for window in method.windows.values()} == {20}
+
+
+def test_the_first_pruning_and_one_without_a_window_look_at_all_images():
+    method = Mfac(block=16, window=20)
+    assert method.images_of(3, 100) == slice(0, 100)  # taken up again: nothing is in the window
+    list(method.prune([layer_with(correlated(2, 20, 16, 0.6))], PLAIN, 0.5))
+    assert method.images_of(3, 100) == slice(50, 75)
+    assert method.images_of(0, 100) == slice(0, 100)
+    assert not method.windows  # another model's gradients
+
+
 def hessians(n, width, share, seed=0):
     x = correlated(n, 200, width, share, seed)
     return torch.einsum("snw,snv->nwv", x, x) / 200 + 1e-4 * torch.eye(width, dtype=x.dtype)
@@ -287,6 +306,15 @@ def test_any_threshold_takes_the_first_steps_of_each_block(merge):
         assert (gone.int().diff(dim=1) <= 0).all()
 
 
+@pytest.mark.parametrize("merge", ["hull", "cumulative"])
+def test_steps_that_took_nothing_change_no_score(merge):
+    costs, order = random(40, 15).abs(), random(40, 15, seed=1).argsort(1)
+    whole = step_scores(Trace(order[:, :9], costs[:, :9]), 15, merge, PLAIN).gather(1, order[:, :9])
+    order[:, 9:], costs[:, 9:] = -1, 0
+    found = step_scores(Trace(order, costs), 15, merge, PLAIN).gather(1, order[:, :9])
+    torch.testing.assert_close(found, whole, rtol=1e-13, atol=0)
+
+
 def best_prefixes(sums, count):
     """Least sum over blocks of ``sums`` [blocks, steps + 1] with ``count`` steps in all, by dynamic programming."""
     best = torch.full((count + 1,), torch.inf, dtype=sums.dtype)
@@ -305,13 +333,16 @@ def test_merging_by_hull_slopes_is_nearly_the_best_choice_of_prefixes(share):
     for seed in range(60):
         h = hessians(12, 10, share, seed=10 * seed) * random(12, 1, 1, seed=seed).mul(2).exp()
         w = random(12, 10, seed=seed + 1)
-        trace = sweep(w, torch.linalg.inv(h), torch.ones(12, 10, dtype=torch.bool), PLAIN)
-        sums = torch.cat([torch.zeros(12, 1, dtype=w.dtype), trace.costs.cumsum(1)], 1)
-        best = best_prefixes(sums, 60)
+        alive = random(12, 10, seed=seed + 2) > (-0.7 if seed % 2 else -torch.inf)  # some blocks have zeros
+        trace, count = sweep(w, torch.linalg.inv(h), alive, PLAIN), int(alive.sum()) - 60
+        costs = torch.where(trace.order < 0, torch.inf, trace.costs)
+        sums = torch.cat([torch.zeros(12, 1, dtype=w.dtype), costs.cumsum(1)], 1)
+        best = best_prefixes(sums, count)
         for merge in ("hull", "cumulative"):
-            counts = (~masked(step_scores(trace, 10, merge, PLAIN), PLAIN, 0.5)).sum(1, keepdim=True)
+            scores = torch.where(alive, step_scores(trace, 10, merge, PLAIN), -torch.inf)
+            counts = (~masked(scores, PLAIN, 0.5) & alive).sum(1, keepdim=True)
             ratios[merge].append(float(sums.gather(1, counts).sum()) / best)
-        blocks = trace.costs.flatten().argsort()[:60] // 10
+        blocks = costs.flatten().argsort()[:count] // 10
         counts = torch.bincount(blocks, minlength=12)[:, None]
         ratios["incremental"].append(float(sums.gather(1, counts).sum()) / best)
     mean = {name: sum(some) / len(some) for name, some in ratios.items()}

@@ -13,12 +13,13 @@ from vitprune import parts
 from vitprune.errors import InputError
 from vitprune.model.vit import fingerprint
 from vitprune.plan import BlockPlan, Plan
-from vitprune.sparsify import BLOCKS, chosen_layers, cubic, geometric, sparsify
+from vitprune.sparsify import BLOCKS, Thinner, chosen_layers, cubic, geometric, sparsify
 from vitprune.surgery import build, prune
-from vitprune.weights._layers import Gradients, Moments, hessian_diagonal, linears
+from vitprune.weights._layers import Gradients, Moments, hessian_diagonal, linears, view
 from vitprune.weights.base import Pattern, WeightMethod, compete, smallest
 from vitprune.weights.cap import Cap
 from vitprune.weights.mfac import Mfac
+from vitprune.weights.obs import Obs
 from vitprune.weights.woodfisher import WoodFisher
 
 METHODS = parts.names("vitprune.weights")
@@ -114,11 +115,13 @@ def test_gradients_are_those_of_each_image_alone(variant):
         torch.testing.assert_close(v.gradients(slice(0, 4), 4), whole[name][:8, :4].unflatten(0, (2, 4)).mean(1))
 
 
-@pytest.mark.parametrize("reducer", ["evit", "tome", "psvit"])
-def test_gradients_where_rows_read_different_tokens(reducer):
-    config = tiny_config(dim=16, heads=2, mlp=32, image=16, depth=3, reducer=reducer, keep={1: 9})
-    last = replace(config.blocks[2], patches=0)  # computed for the class token alone
-    model = build(config.with_blocks([*config.blocks[:2], last], reducer))
+@pytest.mark.parametrize(
+    ("reducer", "pool"), [("evit", "token"), ("tome", "token"), ("psvit", "token"), ("evovit", "avg")]
+)
+def test_gradients_where_rows_read_different_tokens(reducer, pool):
+    config = tiny_config(dim=16, heads=2, mlp=32, image=16, depth=3, reducer=reducer, pool=pool, keep={1: 9})
+    last = replace(config.blocks[-1], patches=0)  # computed for the class token alone
+    model = build(config.with_blocks([*config.blocks[:-1], last], reducer) if pool == "token" else config)
     randomise(model)
     model, some, labels = model.double(), pictures(8).double(), torch.arange(8)
     chosen = chosen_layers(model, Pattern(), None)
@@ -196,7 +199,19 @@ def test_pruned_models_are_sparsified_as_others_are(method):
         ({"sparsity": 0.5, "layers": "("}, "no regular expression"),
         ({"sparsity": 0.5, "images": 3}, "Cap takes gradients of at least 8 images, got 3"),
         ({"sparsity": 0.5, "labels": torch.zeros(4)}, "24 calibration images and 4 labels"),
-        ({"sparsity": 0.5, "method": Cap(grad_batch=30)}, "make no gradient of 30"),
+        ({"sparsity": 0.5, "labels": torch.zeros(24)}, r"whole ones \[M\], got torch.float32 of shape \[24\]"),
+        (
+            {"sparsity": 0.5, "labels": torch.zeros(24, 1).long()},
+            r"whole ones \[M\], got torch.int64 of shape \[24, 1\]",
+        ),
+        ({"sparsity": 0.5, "labels": torch.arange(24)}, "classes from 0 to 9 of the model, got 10"),
+        ({"sparsity": 0.5, "labels": torch.arange(24) - 20}, "classes from 0 to 9 of the model, got -20"),
+        ({"sparsity": 0.5, "recompute": 0}, "recompute is the number of steps, 1 or more, got 0"),
+        ({"sparsity": 0.5, "recompute": -1}, "1 or more, got -1"),
+        (
+            {"sparsity": 0.5, "method": Cap(grad_batch=24)},
+            "takes at least 8 gradients, and 24 images give 1; give more",
+        ),
         ({"sparsity": 0.5, "method": Cap(damp_rel=0)}, "singular matrix; raise the damping, or give more images"),
         ({"sparsity": 0.5, "method": WoodFisher(damp=0.0)}, "singular matrix"),
         ({"sparsity": 0.5, "method": Mfac(damp=0.0)}, "M-FAC divides by its damping"),
@@ -214,8 +229,59 @@ def test_bad_input_is_a_sentence_and_leaves_the_weights_alone(arguments, words):
 
 def test_obs_of_many_weights_is_a_sentence(monkeypatch):
     monkeypatch.setattr("vitprune.weights.obs.MOST_WEIGHTS", 500)
-    with pytest.raises(InputError, match="one matrix of all 512 weights and takes 500 at most"):
+    with pytest.raises(InputError, match=r"takes 500 of them, which blocks\.0\.attn\.proj exceeds with 512"):
         sparsify(tiny(), pictures(), "obs", sparsity=0.5, layers=FEW)
+
+
+def test_obs_asks_for_no_more_layers_than_it_takes(monkeypatch):
+    monkeypatch.setattr("vitprune.weights.obs.MOST_WEIGHTS", 500)
+
+    class Endless:
+        def __iter__(self):
+            yield view("first", torch.nn.Linear(30, 20))
+            raise AssertionError("one layer too many was asked for")
+
+    with pytest.raises(InputError, match="which first exceeds with 600"):
+        list(Obs().prune(Endless(), Pattern(), 0.5))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_without_weights_stays_as_it_is(method):
+    model, empty = tiny(), "blocks.0.attn.proj" if method == "obs" else "blocks.0.mlp.fc1"
+    linears(model)[empty].weight.data.zero_()
+    found = sparsify(model, pictures(), method, sparsity=0.6, recompute=1, **layers_of(method))
+    assert not found.masks.pop(empty).any()
+    assert all(mask.any() and not mask.all() for mask in found.masks.values())
+
+
+@pytest.mark.parametrize("method", ["magnitude", "cap", "sparsegpt", "cap_fast", "obs"])
+def test_a_model_without_weights_stays_as_it_is(method):
+    model = tiny()
+    for layer in chosen_layers(model, Pattern(), FEW).values():
+        layer.weight.data.zero_()
+    found = sparsify(model, pictures(), method, sparsity=0.5, recompute=2, layers=FEW)
+    assert fingerprint(found.model) == fingerprint(model)
+
+
+def test_labels_of_any_whole_type_will_do():
+    labels = torch.arange(24) % 10
+    narrow, wide = (sparsify(tiny(), pictures(), "obd_fisher", sparsity=0.5, labels=some).model
+                    for some in (labels.int(), labels))  # fmt: skip
+    assert fingerprint(narrow) == fingerprint(wide)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "cap"])
+def test_a_pruning_that_fails_leaves_the_weights_alone(method):
+    model = tiny()
+    before, thinner = fingerprint(model), Thinner(model, pictures(), method, sparsity=0.5)
+
+    def progress(done, total, what):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        thinner.thin(0.5, progress)
+    assert (fingerprint(model), thinner.steps) == (before, 0)
 
 
 @pytest.mark.parametrize("options", [{"block": 0}, {"damp_rel": -1.0}, {"grad_batch": 0}, {"merge": "sum"}])
@@ -268,6 +334,12 @@ def test_no_layer_is_emptied_where_layers_compete():
     masks = compete(scores, Pattern(), 0.5)
     assert int(masks["small"].sum()) == 2
     assert int(masks["large"].sum()) == 98
+
+
+def test_what_was_removed_before_is_not_spared_where_layers_compete():
+    scores = {"empty": torch.full((10, 10), -torch.inf).double(), "whole": torch.rand(10, 10).double()}
+    masks = compete(scores, Pattern(), 0.5)
+    assert (int(masks["empty"].sum()), int(masks["whole"].sum())) == (0, 100)
 
 
 def test_exactly_so_many_are_smallest_though_some_are_equal():

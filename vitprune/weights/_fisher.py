@@ -65,7 +65,7 @@ class FisherMethod(Scoring):
         size = block_size(self.block, layer.weight, pattern)
         rows_each = max(1, size // layer.weight.shape[1])
         damping = self.damping(layer)
-        for rows in row_chunks(layer, size, rows_each, self.grad_batch):
+        for rows in row_chunks(layer, self.held(image_count(layer) // self.grad_batch), size, rows_each):
             gradients = layer.gradients(rows, self.grad_batch).double()
             m = len(gradients)
             weights = layer.weight[rows].double().reshape(-1, size)
@@ -73,16 +73,24 @@ class FisherMethod(Scoring):
 
     def damping(self, layer: LayerView) -> float:
         """What is added to the diagonal of all the layer's blocks."""
-        images = len(layer.reads[0].inputs) if layer.reads else 0
+        images = image_count(layer)
         if images < self.grad_batch:
             raise InputError(f"{layer.name}: {images} images make no gradient of {self.grad_batch}; give more images")
         if self.damp is not None:
             return self.damp
+        m = images // self.grad_batch
         squares = sum(
             float(layer.gradients(rows, self.grad_batch).square().sum(dtype=torch.float64))
-            for rows in row_chunks(layer, batch=self.grad_batch)
+            for rows in row_chunks(layer, m)
         )
-        return self.damp_rel * squares / (images // self.grad_batch) / layer.weight.numel()
+        return self.damp_rel * squares / m / layer.weight.numel()
+
+    def held(self, gradients: int) -> int:
+        """How many gradients are held of some rows at a time, where ``gradients`` have been made."""
+        return gradients
+
+    def samples(self, images: int) -> int:
+        return images // self.grad_batch
 
     def scores(self, layer: LayerView, pattern: Pattern) -> Tensor:
         parts = [self.block_scores(blocks, layer, pattern) for blocks in self.blocks(layer, pattern)]
@@ -112,10 +120,14 @@ def block_size(wanted: int, weight: Tensor, pattern: Pattern) -> int:
     return width * next((rows for rows in range(-(-wanted // width), out) if out % rows == 0), out)
 
 
-def row_chunks(layer: LayerView, size: int = 1, rows_each: int = 1, batch: int = 1) -> Iterator[slice]:
-    """The rows of ``layer`` in parts whose gradients, and blocks of ``size`` weights, take about ``CHUNK_BYTES``."""
+def image_count(layer: LayerView) -> int:
+    """How many images the layer's gradients are of."""
+    return len(layer.reads[0].inputs) if layer.reads else 0
+
+
+def row_chunks(layer: LayerView, gradients: int, size: int = 1, rows_each: int = 1) -> Iterator[slice]:
+    """The rows of ``layer`` in parts of which ``gradients``, and blocks of ``size`` weights, take ``CHUNK_BYTES``."""
     out, width = layer.weight.shape
-    gradients = len(layer.reads[0].inputs) // batch if layer.reads else 1
     per_row = 8 * width * max(gradients, size)
     rows = max(1, CHUNK_BYTES // (per_row * rows_each)) * rows_each
     return (slice(first, min(out, first + rows)) for first in range(0, out, rows))

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import InputError
 from ..model.state import TokenState
 from ..model.vit import Vit
-from ..statistics import batches, blocks_of
+from ..statistics import batches, blocks_of, detached, features
 from .base import LayerView, Progress, Read
 
 Linears = Mapping[str, nn.Linear]
@@ -161,7 +161,7 @@ class Gradients:
         self.slopes = self._slopes(labels, torch.Generator().manual_seed(seed))
 
     def __iter__(self) -> Iterator[LayerView]:
-        slopes: list[Any] = self.slopes
+        slopes = self.slopes
         for done, (stage, states) in enumerate(zip(reversed(self.stages), reversed(self.states), strict=True)):
             if done == 0 or stage.layers or any(other.layers for other in self.stages[: -done - 1]):
                 reads, slopes = self._back(stage, states, slopes)
@@ -179,9 +179,10 @@ class Gradients:
         return entering
 
     @torch.no_grad()
-    def _slopes(self, labels: Tensor | None, generator: torch.Generator) -> list[Tensor]:
+    def _slopes(self, labels: Tensor | None, generator: torch.Generator) -> list[list[Tensor]]:
         """Gradient of each image's loss at the model's output, batch by batch."""
-        found, first = [], 0
+        found: list[list[Tensor]] = []
+        first = 0
         for state in self.states[-1]:
             output = self.model.classify(state)
             if not bool(torch.isfinite(output).all()):
@@ -190,27 +191,28 @@ class Gradients:
                     "values in its weights and in the images"
                 )
             known = None if labels is None else labels[first : first + len(output)].to(output.device)
-            found.append(slope_of_loss(output, self.model.config.classes, known, generator))
+            found.append([slope_of_loss(output, self.model.config.classes, known, generator)])
             first += len(output)
         return found
 
     def _back(
-        self, stage: Stage, states: list[TokenState], slopes: list[Tensor]
-    ) -> tuple[dict[str, tuple[Read, ...]], list[Tensor]]:
+        self, stage: Stage, states: list[TokenState], slopes: list[list[Tensor]]
+    ) -> tuple[dict[str, tuple[Read, ...]], list[list[Tensor]]]:
         """What the stage's layers read with its slopes, and the slopes at its input, from those at its output."""
         reads: dict[str, list[Read]] = {name: [] for name in stage.layers}
         images, done, before = sum(len(state.x) for state in states), 0, []
         for state, slope in zip(states, slopes, strict=True):
-            x = state.x.detach().requires_grad_()
+            entering, parts = detached(state)
             with torch.enable_grad(), recorded(stage.layers) as calls:
-                left = stage.run(state._replace(x=x))
-            out = left.x if isinstance(left, TokenState) else left
-            found = torch.autograd.grad(out, [x, *(call.outputs for call in calls)], slope, allow_unused=True)
-            before.append(found[0])
-            used = [(call, there) for call, there in zip(calls, found[1:], strict=True) if there is not None]
+                left = stage.run(entering)
+            out = features(left) if isinstance(left, TokenState) else [left]
+            wanted = [*parts, *(call.outputs for call in calls)]
+            found = torch.autograd.grad(out, wanted, slope, allow_unused=True)
+            before.append([torch.zeros_like(p) if g is None else g for p, g in zip(parts, found, strict=False)])
+            used = [(call, there) for call, there in zip(calls, found[len(parts) :], strict=True) if there is not None]
             for name, mine in reads.items():
                 _keep(mine, [pair for pair in used if pair[0].name == name], images, done)
-            done += len(x)
+            done += len(state.x)
         return {name: tuple(parts) for name, parts in reads.items()}, before
 
 

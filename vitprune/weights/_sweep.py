@@ -127,7 +127,9 @@ def step_scores(trace: Trace, groups: int, merge: Merge, pattern: Pattern) -> Te
         keys = torch.arange(trace.order.shape[1], device=trace.order.device).double().expand(trace.order.shape)
         last = float(trace.order.shape[1])
     else:
-        keys = hull_slopes(trace.costs) if merge == "hull" else trace.costs.cumsum(1)
+        # steps that took nothing are no cheap ones: at the dearest step's cost they leave the hull in front as it is
+        costs = torch.where(trace.order < 0, trace.costs.max(1, keepdim=True).values, trace.costs)
+        keys = hull_slopes(costs) if merge == "hull" else costs.cumsum(1)
         steps = torch.arange(keys.shape[1], device=keys.device).to(keys)
         keys = keys.cummax(1).values * (1 + TIE * steps)
         last = float(keys.max()) * 2 + 1

@@ -21,6 +21,7 @@ from ..errors import InputError
 Needs = Literal["moments", "gradients", "curvature"]
 Scope = Literal["uniform", "global"]
 
+FEWEST_SAMPLES = 8  # below, statistics are little but their damping
 LEAST_DENSITY = 0.02  # of a layer, where layers compete: global thresholds empty layers of Vision Transformers
 
 
@@ -121,6 +122,11 @@ class LayerView:
     reads: tuple[Read, ...] = ()
     curvature: Tensor | None = None
 
+    @property
+    def empty(self) -> bool:
+        """Whether all of its weights have been removed before, so that its statistics say nothing."""
+        return not bool(self.alive.any())
+
     def gradients(self, rows: slice, batch: int = 1) -> Tensor:
         """Gradients of the loss of ``rows``, [m, rows, in], 0 for weights that have been removed.
 
@@ -181,8 +187,12 @@ class WeightMethod(ABC):
         """
 
     def images_of(self, step: int, count: int) -> slice:
-        """Which of ``count`` images are looked at in a ``step`` of several."""
+        """Which of ``count`` images are looked at in a ``step`` of several, the first of which is 0."""
         return slice(0, count)
+
+    def samples(self, images: int) -> int:
+        """How many samples for its statistics ``images`` give."""
+        return images
 
 
 @dataclass(frozen=True)
@@ -215,11 +225,14 @@ class Scoring(WeightMethod):
 
     def _scores(self, layer: LayerView, pattern: Pattern) -> Tensor:
         """The scores, checked; groups that have been removed go first."""
-        found = finite(self.scores(layer, pattern), layer.name)
         alive = layer.alive.unflatten(1, (-1, pattern.group)).any(-1)
-        return torch.where(alive, found, -math.inf)
+        if layer.empty:
+            return torch.full(alive.shape, -math.inf, dtype=torch.float64, device=alive.device)
+        return torch.where(alive, finite(self.scores(layer, pattern), layer.name), -math.inf)
 
     def _pruned(self, layer: LayerView, mask: Tensor, pattern: Pattern) -> Pruned:
+        if not bool(mask.any()):
+            return Pruned(layer.name, mask, torch.zeros_like(layer.weight))
         weight = finite(self.weights(layer, mask, pattern), layer.name)
         return Pruned(layer.name, mask, torch.where(mask, weight, 0).to(layer.weight))
 
@@ -235,12 +248,15 @@ def masked(scores: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
 
 
 def compete(scores: dict[str, Tensor], pattern: Pattern, sparsity: float) -> dict[str, Tensor]:
-    """The masks of layers that share one threshold, by name; each keeps ``LEAST_DENSITY`` of its weights."""
+    """The masks of layers that share one threshold, by name; each keeps ``LEAST_DENSITY`` of its weights.
+
+    Groups whose score is -inf have been removed before: they are never kept for that.
+    """
     least = min(LEAST_DENSITY, 1 - sparsity)
     spared = {}
     for name, one in scores.items():
         best = ~smallest(one.flatten(), one.numel() - math.ceil(least * one.numel()))
-        spared[name] = one.flatten().masked_fill(best, math.inf)
+        spared[name] = one.flatten().masked_fill(best & (one.flatten() > -math.inf), math.inf)
     together = torch.cat(list(spared.values()))
     stay = ~smallest(together, round(sparsity * len(together)))
     split = stay.split([one.numel() for one in scores.values()])

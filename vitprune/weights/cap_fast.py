@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ._columns import sweep_columns
-from ._fisher import block_size, inverted, row_chunks
+from ._fisher import block_size, image_count, inverted, row_chunks
 from .base import Layers, LayerView, Pattern, Pruned, WeightMethod, finite
 
 
@@ -40,6 +40,9 @@ class CapFast(WeightMethod):
 
     def prune(self, layers: Layers, pattern: Pattern, sparsity: float) -> Iterator[Pruned]:
         for layer in layers:
+            if layer.empty:
+                yield Pruned(layer.name, layer.alive, layer.weight)
+                continue
             size = block_size(min(self.block, layer.weight.shape[1]), layer.weight, pattern)
             inverse = inverted(self._fisher(layer, size)[None], layer.name)[0]
             weights, alive = layer.weight.double().view(-1, size), layer.alive.view(-1, size)
@@ -50,9 +53,10 @@ class CapFast(WeightMethod):
     def _fisher(self, layer: LayerView, size: int) -> Tensor:
         """Mean over images and blocks of g g^T, [size, size], damped."""
         total = torch.zeros(size, size, dtype=torch.float64, device=layer.weight.device)
-        for rows in row_chunks(layer):
+        images = image_count(layer)
+        for rows in row_chunks(layer, images):
             flat = layer.gradients(rows).double().reshape(-1, size)
-            total += flat.T @ flat / len(layer.reads[0].inputs)
+            total += flat.T @ flat / images
         total /= layer.weight.numel() // size
         total.diagonal().add_(self.damp_rel * total.diagonal().mean())
         return total

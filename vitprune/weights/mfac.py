@@ -29,6 +29,8 @@ REFRESHED = 4  # part of the images whose gradients replace the oldest at each f
 class Mfac(SummedMethod):
     """Static: from the gradients at hand; dynamic: from a window of the newest ones, kept from pruning to pruning.
 
+    A window is of one model; the first pruning of another empties it.
+
     Attributes:
         window: gradients that are kept, 4 bytes each for every weight; None: static.
     """
@@ -39,11 +41,17 @@ class Mfac(SummedMethod):
     windows: dict[tuple[str, int], Window] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def images_of(self, step: int, count: int) -> slice:
-        if self.window is None or step == 0:
+        if step == 0:
+            self.windows.clear()  # of another model
+        if self.window is None or not self.windows:
             return slice(0, count)
         part = max(1, count // REFRESHED)
         first = (step - 1) % REFRESHED * part
         return slice(first, first + part)
+
+    def held(self, gradients: int) -> int:
+        """The window, where there is one: its parts are of the same rows however many gradients come anew."""
+        return self.window or gradients
 
     def block_scores(self, blocks: Blocks, layer: LayerView, pattern: Pattern) -> Tensor:
         if self.window is not None:

@@ -13,7 +13,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ._fisher import row_chunks
+from ._fisher import image_count, row_chunks
 from .base import LayerView, Pattern, Scoring
 from .obd import diagonal_scores
 
@@ -27,5 +27,5 @@ class ObdFisher(Scoring):
     passes = 5
 
     def scores(self, layer: LayerView, pattern: Pattern) -> Tensor:
-        parts = [layer.gradients(rows).double().square().mean(0) for rows in row_chunks(layer)]
+        parts = [layer.gradients(rows).double().square().mean(0) for rows in row_chunks(layer, image_count(layer))]
         return diagonal_scores(layer.weight, torch.cat(parts), pattern)

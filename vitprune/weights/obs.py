@@ -15,7 +15,7 @@ import torch
 from ..errors import InputError
 from ._fisher import inverted
 from ._sweep import joint, sweep
-from .base import Layers, Pattern, Pruned, WeightMethod, finite
+from .base import Layers, LayerView, Pattern, Pruned, WeightMethod, finite
 
 MOST_WEIGHTS = 6000  # the matrix of so many takes 288 MB
 
@@ -33,13 +33,11 @@ class Obs(WeightMethod):
     damp_rel: float = 1e-2
 
     def prune(self, layers: Layers, pattern: Pattern, sparsity: float) -> Iterator[Pruned]:
-        together = list(layers)
+        together = _few(layers)
+        if all(layer.empty for layer in together):
+            yield from (Pruned(layer.name, layer.alive, layer.weight) for layer in together)
+            return
         total = sum(layer.weight.numel() for layer in together)
-        if total > MOST_WEIGHTS:
-            raise InputError(
-                f"obs inverts one matrix of all {total} weights and takes {MOST_WEIGHTS} at most; choose fewer layers, "
-                "or cap, which does the same in blocks"
-            )
         gradients = [layer.gradients(slice(0, layer.weight.shape[0])).flatten(1).double() for layer in together]
         g = torch.cat(gradients, 1)
         fisher = g.T @ g / len(g)
@@ -57,3 +55,21 @@ class Obs(WeightMethod):
         for layer, kept, weight in zip(together, mask[0].split(sizes), weights.split(sizes), strict=True):
             shape = layer.weight.shape
             yield Pruned(layer.name, kept.view(shape), weight.view(shape).to(layer.weight))
+
+
+def _few(layers: Layers) -> list[LayerView]:
+    """All of ``layers``; as soon as they have too many weights, no more of them are asked for.
+
+    Raises:
+        InputError: they have.
+    """
+    together, total = [], 0
+    for layer in layers:
+        total += layer.weight.numel()
+        if total > MOST_WEIGHTS:
+            raise InputError(
+                f"obs inverts one matrix of all weights together and takes {MOST_WEIGHTS} of them, which {layer.name} "
+                f"exceeds with {total}; choose fewer layers, or cap, which does the same in blocks"
+            )
+        together.append(layer)
+    return together

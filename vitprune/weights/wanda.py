@@ -24,4 +24,4 @@ class Wanda(Scoring):
     def scores(self, layer: LayerView, pattern: Pattern) -> Tensor:
         squares = required(layer.moments, layer, "moments").diagonal() * layer.weight.double().square()
         grouped = finite(squares, layer.name).unflatten(1, (-1, pattern.group)).sum(-1)
-        return grouped.argsort(dim=1, stable=True).argsort(dim=1).double()  # ranks within the row
+        return grouped.argsort(dim=1, stable=True).argsort(dim=1).double() / grouped.shape[1]  # ranks within the row

@@ -53,10 +53,12 @@ def account(
         inspection: an engine inspector's JSON, where there is one.
     """
     said = of_log(lines)
-    seen = [] if inspection is None else of_inspection(inspection)
+    seen = None if inspection is None else of_inspection(inspection)
     found = {"fitting": None if fitting is None else list(fitting), "eligible": said["eligible"]}
     if seen:  # a log counts for each pass of the builder; what the engine holds is beyond doubt
         return {**found, "used": len(seen), "names": seen, "proof": "inspector"}
+    if seen is not None and said["used"] is None:
+        return {**found, "used": 0, "names": [], "proof": "inspector"}
     proof = None if said["used"] is None else "log"
     return {**found, "used": said["used"], "names": said["used_names"], "proof": proof}
 
@@ -78,14 +80,17 @@ def of_log(lines: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def of_inspection(text: str) -> list[str]:
-    """Names of the layers of an engine inspector's JSON whose kernel's name says that it is sparse."""
+def of_inspection(text: str) -> list[str] | None:
+    """Names of the layers of an engine inspector's JSON whose kernel's name says that it is sparse.
+
+    None: it names no kernel at all.
+    """
     try:
         layers = json.loads(text, strict=False)["Layers"]  # names hold control characters
     except (ValueError, KeyError, TypeError):
-        return []
-    described = [layer for layer in layers if isinstance(layer, dict)]
-    return [one["Name"] for one in described if KERNEL.search(str(one.get("TacticName", "")))]
+        return None
+    named = [layer for layer in layers if isinstance(layer, dict) and layer.get("TacticName")]
+    return [one["Name"] for one in named if KERNEL.search(str(one["TacticName"]))] if named else None
 
 
 def fitting_layers(trt: Any, network: Any) -> list[str]:

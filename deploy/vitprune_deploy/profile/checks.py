@@ -28,6 +28,7 @@ NOT_RTX = {  # what TensorRT-RTX has in place of what it has not
     "version_compatible": "; TensorRT-RTX has no version compatibility: build the engine again for each version",
 }
 DIM_METHODS = ("cait_cdcp", "vitslim")  # learned methods that prune dims of heads, and no heads
+PATTERN_SPAN = 4  # weights that the patterns 2:4 and block-4 speak of
 # short for an ...ExecutionProvider
 PROVIDERS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "openvino", "coreml", "directml")
 
@@ -415,6 +416,15 @@ def _weights_have_a_share(p: Any) -> Iterator[Problem]:
             yield "prune.weights.sparsity", f"must be 0.5 for the pattern 2:4, got {weights.sparsity}; leave it out"
     elif weights.sparsity is None:
         yield "prune.weights.sparsity", f"is needed for the pattern {weights.pattern}, such as 0.75"
+
+
+@_rule
+def _pattern_divides_the_channels(p: Any) -> Iterator[Problem]:
+    weights, channels = p.prune.weights, p.prune.embedding
+    if channels is None or weights.method == "none" or weights.pattern == "unstructured":
+        return
+    if channels % PATTERN_SPAN:
+        yield "prune.embedding", f"must be a multiple of {PATTERN_SPAN} for {weights.pattern} weights, got {channels}"
 
 
 @_rule

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from vitprune.search.allocation import Rule
 
+from .checks import PATTERN_SPAN
 from .kinds import (
     ComputeCapability,
     Count,
@@ -380,6 +381,11 @@ class Weights(Section):
         """Whether weights are removed."""
         return self.method != "none"
 
+    @property
+    def span(self) -> int:
+        """What the widths that layers with zeros read must be multiples of."""
+        return PATTERN_SPAN if self.enabled and self.pattern != "unstructured" else 1
+
 
 class Prune(Section):
     """What may be pruned, and by which method."""
@@ -531,14 +537,18 @@ class Profile(Section):
 
     @property
     def head_dim_multiple(self) -> int:
-        """Kept dims of a head are multiples of it."""
-        return self.prune.head_dims.multiple or self.device.alignment.head_dim
+        """Kept dims of a head are multiples of it; of the pattern's span as well, where attention gets zeros."""
+        asked, weights = self.prune.head_dims.multiple or self.device.alignment.head_dim, self.prune.weights
+        return math.lcm(asked, weights.span) if weights.where == "all" else asked
 
     @property
     def mlp_multiple(self) -> int:
-        """Kept hidden units of a block are multiples of it; of 16 as well, where kernels are to skip zeros."""
+        """Kept hidden units of a block are multiples of it; of the pattern's span as well.
+
+        And of 16, where kernels are to skip zeros.
+        """
         asked = self.prune.mlp.multiple or self.device.alignment.mlp
-        return math.lcm(asked, SPARSE_MULTIPLE) if self.asks_2_4 else asked
+        return math.lcm(asked, SPARSE_MULTIPLE if self.asks_2_4 else self.prune.weights.span)
 
     @property
     def asks_2_4(self) -> bool:
