@@ -26,8 +26,11 @@ from _common import Rows, export, noise, open_profile, right, searched, settings
 from vitprune import parts
 from vitprune.macs import macs
 from vitprune.model.vit import Vit
+from vitprune.search.counts import Counts
+from vitprune.search.latency import LatencyTable
 from vitprune_deploy.build.bench import Bench, load_vit, save_vit
 from vitprune_deploy.build.make import slim_model
+from vitprune_deploy.build.sizes import dense_counts
 from vitprune_deploy.build.training import train
 from vitprune_deploy.latency.fingerprint import device_fingerprint, machine_state
 from vitprune_deploy.profile.checks import DIM_METHODS
@@ -36,7 +39,7 @@ from vitprune_deploy.validate import Paired
 PUBLISHED = ["savit/savit", "nvit/nvit", "taylor/global", "taylor/per_kind", "taylor/uniform", "taylor/greedy"]
 BLOCKS_ALONE = ["prune.heads.enabled=false", "prune.mlp.enabled=false"]
 STATES = ("as it comes", "trained")
-RETIMED = "times.json"
+TABLE, RETIMED = "latency_table.json", "times.json"
 SHORT = [
     "prune.tokens.method=none",
     "prune.tokens.levels=2",
@@ -109,7 +112,8 @@ class Comparison:
         bench = self._bench(speedup, self._overrides(name), "search")
         found, slim = bench.json("search", "search.json"), slim_model(bench)[0]
         times = {"ms": found["chosen"]["measured_ms"], "dense_ms": found["dense_ms"]}
-        said = found["dense_predicted_ms"] / found["chosen"]["predicted_ms"]
+        table, counts = LatencyTable.from_dict(bench.json("measure", TABLE)), found["chosen"]["counts"]
+        said = table.predict_ms(dense_counts(bench)) / table.predict_ms(Counts.from_dict(counts))
         return self._judged(f"{name} {speedup:g}x", bench, slim, {**times, "predicted": said, "how": found["status"]})
 
     def _overrides(self, name: str) -> list[str]:
