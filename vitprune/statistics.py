@@ -11,7 +11,7 @@ units of two more kinds: a dim of a head's values (``v``) is one column of ``pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast
 
@@ -274,23 +274,35 @@ def gate_gradients(
         dims: also at the dims of queries and keys, where the gate is on their product, and of values.
     """
     generator = torch.Generator().manual_seed(seed)
-    parts: list[list[BlockGates]] = []
+    blocks: list[BlockGates] = []
     labels: list[Tensor] = []
     done = 0
     with whole_last_block(model):
         for batch in batches(model, images):
             gates, drawn = _batch_gates(model, batch, generator, dims)
-            parts.append(gates)
+            blocks = blocks or [_room(len(images), one) for one in gates]
+            for room, one in zip(blocks, gates, strict=True):
+                _put(room, one, done)
             labels += [] if drawn is None else [drawn]
             done += len(batch)
             if progress is not None:
                 progress(done, len(images), "gradients at gates")
-    blocks = [BlockGates(*(_joined(rows) for rows in zip(*some, strict=True))) for some in zip(*parts, strict=True)]
     return Gates(blocks, torch.cat(labels) if labels else None)
 
 
-def _joined(parts: Sequence[dict[Kind, Tensor]]) -> dict[Kind, Tensor]:
-    return {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
+def _room(images: int, gates: BlockGates) -> BlockGates:
+    """Room for all images, made at once.
+
+    Small tensors kept from each batch would lie between large ones that are freed, and scatter the heap until it holds
+    several times what is used.
+    """
+    return BlockGates(*({kind: one.new_empty(images, *one.shape[1:]) for kind, one in part.items()} for part in gates))
+
+
+def _put(room: BlockGates, gates: BlockGates, first: int) -> None:
+    for whole, part in zip(room, gates, strict=True):
+        for kind, one in part.items():
+            whole[kind][first : first + len(one)] = one
 
 
 def _batch_gates(
