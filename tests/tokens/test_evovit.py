@@ -42,6 +42,14 @@ def test_the_memory_is_the_last_class_attention_and_later_half_of_what_it_was():
 
 
 @torch.no_grad()
+def test_parked_patches_are_normalised_as_the_others_where_all_are_pooled():
+    model = reduced(pool="avg", final_norm="tokens")
+    last = states(model)[-1]
+    patches = torch.cat([last.x[:, 1:], last.parked.x], dim=1)
+    torch.testing.assert_close(model(images(2)), model.head(model.norm(patches).mean(1)))
+
+
+@torch.no_grad()
 def test_the_best_are_computed_on_and_the_others_wait_unchanged():
     model = reduced()
     seen = states(model)

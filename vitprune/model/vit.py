@@ -316,6 +316,7 @@ class Vit(nn.Module):
             return self.head(self.norm(state.x[:, 0]))
         if self.config.final_norm == "pooled":
             return self.head(self.norm(self._pool(state)))
+        state = state.unparked()  # parked tokens are normalised as the others are
         return self.head(self._pool(state._replace(x=self.norm(state.x))))
 
     def _positions(self, embedding: Tensor, height: int, width: int) -> Tensor:
