@@ -190,9 +190,9 @@ def _land(bench: Bench, trained: Trained, table: LatencyTable, folder: Path) -> 
     """
     rows: list[Row] = []
     taken: list[_Taken] = []
-    share = _budget(bench, table).share
+    asked = _budget(bench, table).share
     for number in range(1, max(1, bench.profile.search.landings) + 1):
-        found, least = _take(bench, trained, share)
+        found, least = _take(bench, trained, asked)
         if any(found.plan == one.found.plan for one in taken):
             break
         dense, row = _measured(bench, found, table, number, folder)
@@ -202,8 +202,8 @@ def _land(bench: Bench, trained: Trained, table: LatencyTable, folder: Path) -> 
         if NEAR <= taken[-1].share <= 1 or least:
             break
         if taken[-1].share > 1:  # what was taken may cost less than it might have, by the multiples
-            share = min(share, row.point.predicted_ms / dense.point.predicted_ms)
-        share = min(1.0, share * TIGHTER / taken[-1].share)
+            asked = min(asked, row.point.predicted_ms / dense.point.predicted_ms)
+        asked = min(1.0, asked * TIGHTER / taken[-1].share)
     shutil.rmtree(folder / "candidates", ignore_errors=True)
     within = [one for one in taken if one.share <= 1]
     return rows, max(within, key=lambda one: one.share) if within else min(taken, key=lambda one: one.share)
