@@ -196,7 +196,9 @@ class Comparison:
         against = "" if math.isnan(gain) else f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]{' no' if low <= 0 else ''}"
         speedup = self._retimed().get(plan_of(row["row"]), row["dense_ms"] / row["ms"])
         figures = f"{row['top1']:.2f}", f"{speedup:.2f}", f"{row['predicted']:.2f}"
-        return f"`{criterion}`", rule or "exact", state, *figures, f"{100 * row['macs']:.0f}", against, shape(row)
+        whole = max(dims for one in self.rows.rows.values() for dims in one["dims"])
+        plan = shape(row, whole)
+        return f"`{criterion}`", rule or "exact", state, *figures, f"{100 * row['macs']:.0f}", against, plan
 
     def _gain(self, row: dict[str, Any]) -> tuple[float, float, float]:
         """Points of top-1 above random's on the same images with their 95% interval; NaN of random, or without it."""
@@ -231,9 +233,8 @@ def ranked(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["top1"])
 
 
-def shape(row: dict[str, Any]) -> str:
-    """Heads/units of each block, and dims of queries and of values where some are gone."""
-    whole = max(row["dims"])
+def shape(row: dict[str, Any], whole: list[int] | None = None) -> str:
+    """Heads/units of each block, and dims of queries and of values where these are not ``whole``."""
     blocks = zip(row["heads"], row["mlp"], row["dims"], strict=True)
     return " ".join(f"{h}/{m}" + (f"/{d[0]}+{d[1]}" if d != whole else "") for h, m, d in blocks)
 
