@@ -16,7 +16,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,7 @@ class Comparison:
             profile=self.options.profile,
             recovery=self.options.recovery,
             learning=self.options.learning,
-            timed="in one run in which all engines take turns" if self._retimed() else "as each of them was landed",
+            timed="in one run in which all engines take turns" if self._retimed else "as each of them was landed",
         )
         for speedup in self.options.speedups:
             rows = [row for row in self.rows.rows.values() if row["row"].split()[1] == f"{speedup:g}x"]
@@ -184,6 +184,7 @@ class Comparison:
             text += f"\nNot above random: {', '.join(map(short_name, below)) or 'none'}.\n"
         return text
 
+    @cached_property
     def _retimed(self) -> dict[str, float]:
         """Speed-ups of ``retime``; none where that was not asked for."""
         path = self.kept / RETIMED
@@ -194,7 +195,7 @@ class Comparison:
         criterion, _, rule = name.partition("/")
         gain, low, high = self._gain(row)
         against = "" if math.isnan(gain) else f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]{' no' if low <= 0 else ''}"
-        speedup = self._retimed().get(plan_of(row["row"]), row["dense_ms"] / row["ms"])
+        speedup = self._retimed.get(plan_of(row["row"]), row["dense_ms"] / row["ms"])
         figures = f"{row['top1']:.2f}", f"{speedup:.2f}", f"{row['predicted']:.2f}"
         whole = max(dims for one in self.rows.rows.values() for dims in one["dims"])
         plan = shape(row, whole)
@@ -217,7 +218,7 @@ def answers_of(row: str) -> str:
 
 def plan_of(row: str) -> str:
     """Rows of the same plan have the same graph."""
-    return row.removesuffix(f" {STATES[0]}").removesuffix(f" {STATES[1]}")
+    return answers_of(row).removesuffix(f" {STATES[1]}")
 
 
 def file_name(row: str) -> str:

@@ -13,6 +13,7 @@ from .model.vit import Vit
 from .sparsify import Thinner, chosen_layers, cubic, geometric
 from .weights.base import Pattern, WeightMethod
 
+PRUNINGS = 8  # in a training, unless it is told another number
 RULES: dict[str, Callable[[float, float, float], float]] = {"cubic": cubic, "geometric": geometric}
 
 
@@ -70,7 +71,7 @@ class Gradual(KeptZeros):
         pattern: str | Pattern = "unstructured",
         sparsity: float | None = None,
         *,
-        steps: int = 8,
+        steps: int = PRUNINGS,
         end: float = 0.5,
         rule: Literal["cubic", "geometric"] = "cubic",
         layers: str | None = None,

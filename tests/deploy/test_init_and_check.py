@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -310,3 +312,8 @@ def test_check_of_a_machine_that_lacks_something_ends_with_3(monkeypatch, capsys
 
 def test_durations_are_told_in_one_unit():
     assert [duration(s) for s in (0.2, 40, 420, 9000)] == ["1 s", "40 s", "7 min", "2.5 h"]
+
+
+def test_check_begins_without_torch_so_that_it_can_say_that_there_is_none():
+    code = "import sys, vitprune_deploy.verbs.check; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

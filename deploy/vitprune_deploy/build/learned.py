@@ -67,7 +67,7 @@ def train(bench: Bench, folder: Path) -> None:
     from vitprune.recover import RecoverSettings, recover
 
     wanted = bench.profile.prune.learned
-    student, method = _method(bench, _budget(bench, _table(bench)))
+    student, method = _method(bench)
     recipe = method.recipe if wanted.recipe == "published" else None
     lr = wanted.lr or (recipe.lr if recipe else LR)
     found = recover(
@@ -132,7 +132,7 @@ def multiples(bench: Bench) -> Multiples:
     return Multiples(profile.head_multiple, mlp, head_dim, profile.prune.head_dims.minimum)
 
 
-def _method(bench: Bench, budget: Budget) -> tuple[Vit, StructureMethod]:
+def _method(bench: Bench) -> tuple[Vit, StructureMethod]:
     """A copy of the dense model, and the method that is to train it within the budget, or as near as may be."""
     from vitprune.learn import untrained
     from vitprune.recover import RecoverSettings
@@ -140,7 +140,7 @@ def _method(bench: Bench, budget: Budget) -> tuple[Vit, StructureMethod]:
 
     wanted = bench.profile.prune.learned
     assert wanted.method is not None  # else nothing is learned
-    steps = RecoverSettings(wanted.max_steps)
+    steps, budget = RecoverSettings(wanted.max_steps), _budget(bench, _table(bench))
     try:
         return untrained(wanted.method, bench.dense, budget, multiples(bench), steps)
     except BelowLeast as error:
@@ -163,7 +163,7 @@ def _trained(bench: Bench) -> Trained:
     from vitprune.recover import Check
 
     folder = bench.folders["learn"]
-    _, method = _method(bench, _budget(bench, _table(bench)))
+    _, method = _method(bench)
     method.load_state_dict(load_file(folder / STATE))
     checks = tuple(Check(**row) for row in bench.json("learn", LEARNING))
     return Trained(load_vit(folder, "learned"), method, checks)

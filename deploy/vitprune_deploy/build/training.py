@@ -75,9 +75,11 @@ def published_recipe(bench: Bench, slim: Vit) -> Recipe | None:
 def train_on(processes: int, bench: Bench, slim: Vit, folder: Path) -> None:
     """The same, shared by as many processes as there are devices. Raises what ``share`` does."""
     save_vit(slim, folder, "slim")
-    share(processes, bench, folder, "recover")
-    for name in ("slim.json", "slim.safetensors"):
-        (folder / name).unlink()
+    try:
+        share(processes, bench, folder, "recover")
+    finally:
+        for name in ("slim.json", "slim.safetensors"):
+            (folder / name).unlink()
 
 
 def share(processes: int, bench: Bench, folder: Path, stage: Literal["learn", "recover"]) -> None:

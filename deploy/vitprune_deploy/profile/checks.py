@@ -28,7 +28,6 @@ NOT_RTX = {  # what TensorRT-RTX has in place of what it has not
     "version_compatible": "; TensorRT-RTX has no version compatibility: build the engine again for each version",
 }
 DIM_METHODS = ("cait_cdcp", "vitslim")  # learned methods that prune dims of heads, and no heads
-PATTERN_SPAN = 4  # weights that the patterns 2:4 and block-4 speak of
 # short for an ...ExecutionProvider
 PROVIDERS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "openvino", "coreml", "directml")
 
@@ -421,10 +420,8 @@ def _weights_have_a_share(p: Any) -> Iterator[Problem]:
 @_rule
 def _pattern_divides_the_channels(p: Any) -> Iterator[Problem]:
     weights, channels = p.prune.weights, p.prune.embedding
-    if channels is None or weights.method == "none" or weights.pattern == "unstructured":
-        return
-    if channels % PATTERN_SPAN:
-        yield "prune.embedding", f"must be a multiple of {PATTERN_SPAN} for {weights.pattern} weights, got {channels}"
+    if channels is not None and channels % weights.span:
+        yield "prune.embedding", f"must be a multiple of {weights.span} for {weights.pattern} weights, got {channels}"
 
 
 @_rule

@@ -14,7 +14,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from vitprune.search.allocation import Rule
 
-from .checks import PATTERN_SPAN
 from .kinds import (
     ComputeCapability,
     Count,
@@ -34,6 +33,7 @@ from .kinds import (
     one_shape,
 )
 
+PATTERN_SPAN = 4  # weights that the patterns 2:4 and block-4 speak of
 SPARSE_MULTIPLE = 16  # inputs of a layer, below which NVIDIA's apex (contrib/sparsity) leaves 2:4 alone
 
 

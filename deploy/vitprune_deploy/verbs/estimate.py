@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
-
-from vitprune import parts
-from vitprune.weights.base import WeightMethod
+from typing import TYPE_CHECKING, Any
 
 from ..build.choose import LANDING_SHARE
 from ..build.screen import SEARCHED_METHODS
@@ -22,7 +19,6 @@ PIECES = 90  # measured points of a latency table with attention, MLP and reduct
 ROUNDS, SAMPLES = 12, 4  # visits of a piece until its interval is narrow, and runs in a visit
 CANDIDATES = 5  # models that one round of landing measures
 HALF = 0.5  # share of the blocks that a change in an average block makes run again
-PRUNINGS = 8  # of single weights during recovery, where they go gradually
 ALL_LAYERS = 1.5  # times the weights of the MLPs
 TRAINING = 3.0  # a step forward and back costs this many passes forward
 ENGINE_S = 60.0  # building one
@@ -97,8 +93,7 @@ def _learn(bench: Bench, image_s: float) -> float:
     profile, wanted = bench.profile, bench.profile.prune.learned
     if wanted.method is None:
         return 0.0
-    seconds = wanted.max_steps * profile.recover.batch * image_s * (1 + TRAINING)
-    return min(seconds, wanted.max_seconds) if wanted.max_seconds else seconds
+    return _trained(wanted, profile.recover.batch * image_s * (1 + TRAINING))
 
 
 def _search(bench: Bench, image_s: float, batch_s: float, blocks: int) -> float:
@@ -119,6 +114,10 @@ def _search(bench: Bench, image_s: float, batch_s: float, blocks: int) -> float:
 
 def _weights(bench: Bench, image_s: float) -> float:
     """All prunings of single weights of the slim model, those that recovery makes included."""
+    from vitprune import parts
+    from vitprune.gradual import PRUNINGS
+    from vitprune.weights.base import WeightMethod
+
     profile, wanted = bench.profile, bench.profile.prune.weights
     if not wanted.enabled:
         return 0.0
@@ -132,7 +131,12 @@ def _recover(bench: Bench, image_s: float) -> float:
     wanted, speedup = bench.profile.recover, bench.profile.budget.speedup or 1.0
     if not wanted.enabled:
         return 0.0
-    seconds = wanted.max_steps * wanted.batch * image_s * (1 + TRAINING / speedup)
+    return _trained(wanted, wanted.batch * image_s * (1 + TRAINING / speedup))
+
+
+def _trained(wanted: Any, step_s: float) -> float:
+    """Seconds of a training that a section of the profile limits in steps and in seconds."""
+    seconds: float = wanted.max_steps * step_s
     return min(seconds, wanted.max_seconds) if wanted.max_seconds else seconds
 
 
